@@ -1,0 +1,1 @@
+"""Prune, quantize, export and measure a PyTorch Lightning model for edge devices, while it trains."""

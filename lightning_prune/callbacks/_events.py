@@ -1,0 +1,29 @@
+"""How the package's callbacks tell each other what happened, in whatever order the user listed them.
+
+A callback takes part by having a method of the event's name:
+
+* `on_before_pruning(trainer, pl_module)`: weights or structure are about to change.
+* `on_structure_change(trainer, pl_module, change)`: channels went; `change` is a `structure.surgery.Change`.
+* `pruning_summary() -> dict`: what was done so far, as plain JSON-ready data, for the report.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_prune._lightning import LightningModule, Trainer
+
+
+def emit(trainer: Trainer, event: str, pl_module: LightningModule, *args: Any) -> None:
+    """Call `event` on every callback of the trainer that has it.
+
+    Args:
+        trainer: The running trainer.
+        event: The event's name, see the module's docstring.
+        pl_module: The module it happened to.
+        *args: The event's own arguments.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        handler = getattr(callback, event, None)
+        if callable(handler):
+            handler(trainer, pl_module, *args)
