@@ -1,0 +1,183 @@
+"""What a network costs: parameters, non-zeros, and multiply-accumulates (MACs).
+
+MACs are counted by PyTorch's own `FlopCounterMode` (two FLOPs to a MAC) over the operators that really run,
+so functional calls, attention and recurrent layers are counted, and layers that do not run are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module, tied ones once.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The number of scalar parameters.
+
+    Example:
+        >>> count_parameters(nn.Linear(4, 2))
+        10
+    """
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_nonzero(module: nn.Module) -> int:
+    """Count the parameters of a module that are not zero, tied ones once.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The number of scalar parameters whose value is not 0 (`-0.0` counts as 0).
+
+    Example:
+        >>> layer = nn.Linear(4, 2, bias=False)
+        >>> _ = layer.weight.data.fill_(1)[0, 0].zero_()
+        >>> count_nonzero(layer)
+        7
+    """
+    return sum(int(torch.count_nonzero(parameter)) for parameter in module.parameters())
+
+
+def count_macs(module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> int:
+    """Count the multiply-accumulates of one forward pass in eval mode.
+
+    Args:
+        module: Any module; nothing in it changes.
+        args: Positional inputs of its forward. Their batch size counts.
+        kwargs: Keyword inputs of its forward.
+
+    Returns:
+        The MACs of that pass.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), (torch.zeros(1, 3, 10, 10),))
+        21600
+    """
+    return macs_by_module(module, args, kwargs)[""]
+
+
+def macs_by_module(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Count the multiply-accumulates of one forward pass in eval mode, for each submodule that runs.
+
+    Args:
+        module: Any module; nothing in it changes.
+        args: Positional inputs of its forward. Their batch size counts.
+        kwargs: Keyword inputs of its forward.
+
+    Returns:
+        `{qualified name: MACs}`; a module's count includes its children's, and `""` is the whole.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> macs_by_module(net, (torch.zeros(1, 4),))
+        {'': 48, '0': 32, '2': 16}
+    """
+    kwargs = dict(kwargs or {})
+    try:
+        counts = _count(module, args, kwargs, torch.device("meta"))
+    except Exception:  # noqa: BLE001 - user code may refuse meta tensors in any way; the real run decides
+        counts = _count(module, args, kwargs, None)
+    root = type(module).__name__
+    total = sum(counts.pop("Global", {}).values()) // 2
+    named = {
+        name.removeprefix(root).removeprefix("."): sum(ops.values()) // 2
+        for name, ops in counts.items()
+        if name != root
+    }
+    return {"": total, **{name: count for name, count in sorted(named.items()) if count}}
+
+
+def _count(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | None
+) -> dict[str, dict[Any, int]]:
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().clone() if device is None else tensor.detach().to(device)
+
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {name: place(tensor) for name, tensor in tensors.items()}
+    args, kwargs = tree_map_only(torch.Tensor, place, (args, kwargs))
+    with (
+        eval_mode(module),
+        torch.no_grad(),
+        _countable(real=device is None),
+        FlopCounterMode(display=False) as counter,
+    ):
+        torch.func.functional_call(module, state, args, kwargs)
+    return {name: dict(ops) for name, ops in counter.get_flop_counts().items()}
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode and give every submodule its own mode back afterwards.
+
+    Args:
+        module: Any module.
+
+    Example:
+        >>> net = nn.Dropout()
+        >>> with eval_mode(net):
+        ...     net.training
+        False
+        >>> net.training
+        True
+    """
+    modes = {child: child.training for child in module.modules()}
+    for child in modes:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run modules that were compiled with `torch.compile` as the plain modules they wrap.
+
+    Example:
+        >>> with eager():
+        ...     tuple(nn.Linear(2, 1)(torch.zeros(1, 2)).shape)
+        (1, 1)
+    """
+    # Importing the compiler takes seconds, and where it was never imported nothing is compiled.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def _countable(*, real: bool) -> Iterator[None]:
+    # Fused kernels hide their inner products from the counter: attention's fast path, and oneDNN's LSTM,
+    # which exists on real tensors only.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(eager())
+            if real:
+                stack.enter_context(warnings.catch_warnings())
+                # Reading oneDNN's flags warns of a missing Intel GPU, which says nothing about this run.
+                warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
