@@ -1,0 +1,142 @@
+"""Example inputs and real batches, found through a running trainer without disturbing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from lightning_prune._lightning import LightningModule, Trainer
+from lightning_prune.deploy.capture import (
+    Call,
+    Rehearsal,
+    explicit_call,
+    first_call,
+    inputs_from_batch,
+    untouched_rng,
+)
+
+__all__ = ["Call", "example_inputs", "first_batch", "inputs_from_batch", "validation_loaders"]
+
+
+def example_inputs(
+    trainer: Trainer, pl_module: LightningModule, module_name: str | None = None, explicit: Any = None
+) -> Call:
+    """Return the arguments with which a module is called in the user's own training.
+
+    In this order: what the user gave; `example_input_array` (for the LightningModule itself); the call
+    captured while the user's `validation_step` or `training_step` runs on one real batch, on a copy; the
+    batch's first tensor. Nothing of the training is touched.
+
+    Args:
+        trainer: The running trainer.
+        pl_module: The LightningModule.
+        module_name: The dotted name of the submodule of interest; `None` is the LightningModule.
+        explicit: The user's own example: a shape (`[1, 3, 32, 32]`), several shapes, a tensor, a tuple of
+            tensors, or a dict of keyword arguments.
+
+    Returns:
+        The positional and the keyword arguments, on the module's device and in its floating-point type.
+
+    Raises:
+        SelectionError: There is no submodule of that name.
+        TracingError: Nothing gave an example; the message names the remedies.
+    """
+    device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), torch.float32)
+    if explicit is not None:
+        return explicit_call(explicit, device, dtype)
+    array = getattr(pl_module, "example_input_array", None)
+    if not module_name and array is not None:
+        return explicit_call(array, device, dtype)
+    rehearsal = Rehearsal(pl_module, module_name, trainer=trainer)
+    return first_call(rehearsal, _batches(trainer, pl_module))
+
+
+def _batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:
+    for step, loaders in (
+        ("validation_step", validation_loaders(trainer, pl_module)),
+        ("training_step", _loaders(trainer, pl_module, "train_dataloader")),
+    ):
+        for batch in first_batch(loaders, one_loader=step == "validation_step"):
+            yield step, batch
+
+
+def validation_loaders(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """Return the validation loaders as the user gave them (one, a list, a dict), or `None`."""
+    return _loaders(trainer, pl_module, "val_dataloader")
+
+
+def _loaders(trainer: Trainer, pl_module: LightningModule, name: str) -> Any:
+    # The trainer has them once its loops are set up; before that, the user's own methods give new ones.
+    loaders = getattr(trainer, "val_dataloaders" if name == "val_dataloader" else name, None)
+    if loaders is not None:
+        return loaders
+    for source in (getattr(trainer, "datamodule", None), pl_module):
+        if source is None or not hasattr(source, name):
+            continue
+        try:
+            loaders = getattr(source, name)()
+        except Exception:  # noqa: BLE001 (the hook's default raises, and a user's may need a later stage)
+            continue
+        if loaders is not None:
+            return loaders
+    return None
+
+
+def first_batch(loaders: Any, *, one_loader: bool = False) -> list[Any]:
+    """Take one batch out of loaders without advancing any random generator.
+
+    Args:
+        loaders: A loader, or a nest of lists, tuples and dicts of them, or `None`.
+        one_loader: Of several loaders take the first's batch (validation runs them in sequence); otherwise
+            the batch has the structure of the nest (training runs them together).
+
+    Returns:
+        A list of the batch; empty if there is none.
+
+    Example:
+        >>> first_batch(torch.utils.data.DataLoader([1.0, 2.0], batch_size=2))
+        [tensor([1., 2.], dtype=torch.float64)]
+    """
+    while one_loader and isinstance(loaders, (list, tuple, Mapping)) and len(loaders):
+        loaders = next(iter(loaders.values())) if isinstance(loaders, Mapping) else loaders[0]
+    if loaders is None:
+        return []
+    with untouched_rng():
+        try:
+            return [_structured(loaders)]
+        except StopIteration:
+            return []
+
+
+def _structured(loaders: Any) -> Any:
+    if isinstance(loaders, Mapping):
+        return {k: _structured(v) for k, v in loaders.items()}
+    if isinstance(loaders, (list, tuple)):
+        return [_structured(v) for v in loaders]
+    generators = [
+        g
+        for part in (loaders, getattr(loaders, "sampler", None), getattr(loaders, "batch_sampler", None))
+        if isinstance(g := getattr(part, "generator", None), torch.Generator)
+    ]
+    states = [g.get_state() for g in generators]
+    try:
+        return _one_batch(loaders)
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _one_batch(loader: Any) -> Any:
+    # Workers are slow to start, and persistent ones belong to the training: fetch in this process.
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if (
+        getattr(loader, "num_workers", 0)
+        and batch_sampler is not None
+        and hasattr(loader.dataset, "__getitem__")
+    ):
+        indices = next(iter(batch_sampler))
+        return loader.collate_fn([loader.dataset[i] for i in indices])
+    return next(iter(loader))
