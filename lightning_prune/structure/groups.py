@@ -1,0 +1,71 @@
+"""Channel groups as plain data: which positions of which layers live and die together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Member:
+    """One side of one layer that holds channels of a group.
+
+    Attributes:
+        module: The layer's qualified name; for a bare parameter, the parameter's.
+        side: `"in"`, `"out"` or `"both"`; for a bare parameter `"dim D"`.
+        channel: The group's channels, shape (k,): `channel[i]` sits at `position[i]` of that side.
+        position: Where, shape (k,).
+    """
+
+    module: str
+    side: str
+    channel: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can be removed, and every place a removal touches.
+
+    Attributes:
+        name: The layer that makes the channels.
+        channels: How many there are.
+        members: Where they are.
+        atom: Shape (channels,): channels of the same atom go together.
+        block: Shape (atoms,): every block must keep equally many atoms.
+        reason: Why none may go, or empty.
+    """
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+    atom: Tensor
+    block: Tensor
+    reason: str = ""
+
+    @property
+    def atoms(self) -> int:
+        """How many atoms there are."""
+        return self.block.numel()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return int(self.block.max()) + 1
+
+    @property
+    def step(self) -> int:
+        """The smallest number of channels that can go at once."""
+        return self.channels // self.atoms * self.blocks
+
+    def channels_of(self, atoms: Tensor) -> Tensor:
+        """List the channels of some atoms, ascending.
+
+        Example:
+            >>> group = Group("conv", 4, (), torch.tensor([0, 1, 0, 1]), torch.zeros(2, dtype=torch.int64))
+            >>> group.channels_of(torch.tensor([1])), group.step
+            (tensor([1, 3]), 2)
+        """
+        return torch.isin(self.atom, atoms).nonzero().flatten()

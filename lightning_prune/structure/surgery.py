@@ -1,0 +1,199 @@
+"""Cutting channels out of a network, and recording the cut so that everything else can follow it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import CompatibilityError
+from lightning_prune.structure.groups import Group
+from lightning_prune.structure.layers import layer_of
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one cut did, by name: enough to cut anything else of the same shape.
+
+    Attributes:
+        kept: `{parameter or buffer: ((dimension, kept positions), ...)}`, positions ascending.
+        attributes: `{module: {attribute: new value}}`.
+    """
+
+    kept: Mapping[str, tuple[tuple[int, Tensor], ...]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
+
+    def narrow(self, name: str, tensor: Tensor) -> Tensor:
+        """Cut a tensor that has the shape the named one had: a mask, a momentum, an average.
+
+        Args:
+            name: The parameter's or buffer's qualified name.
+            tensor: A tensor of that one's shape before the cut.
+
+        Returns:
+            A new tensor of the shape after it, or the same tensor if that one was not cut.
+
+        Example:
+            >>> change = Change({"fc.weight": ((1, torch.tensor([0, 2])),)})
+            >>> change.narrow("fc.weight", torch.tensor([[1, 2, 3]]))
+            tensor([[1, 3]])
+        """
+        return take(tensor, self.kept.get(name, ()))
+
+
+def take(tensor: Tensor, slices: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """Keep some positions of some dimensions of a tensor, in its memory format.
+
+    Args:
+        tensor: Any tensor.
+        slices: `(dimension, kept positions)`.
+
+    Returns:
+        The smaller tensor; the same object when there is nothing to slice.
+
+    Example:
+        >>> take(torch.arange(4).view(2, 2), [(0, torch.tensor([1]))])
+        tensor([[2, 3]])
+    """
+    channels_last = (
+        tensor.dim() == 4
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+        and not tensor.is_contiguous()
+    )
+    for dim, kept in slices:
+        tensor = tensor.index_select(dim, kept.to(tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def change_for(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Change:
+    """Work out what keeping some channels of each group does to every tensor, touching nothing.
+
+    Args:
+        module: The network that the groups were found in.
+        groups: Its channel groups.
+        kept: `{group name: kept channels}`; a group that is not named keeps all.
+
+    Returns:
+        The change, to be given to `apply`.
+    """
+    removed: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for group in groups:
+        if group.name in kept:
+            for member in group.members:
+                gone = ~torch.isin(member.channel, kept[group.name])
+                removed[member.module, member.side].append(member.position[gone])
+    slices: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+    attributes: dict[str, dict[str, int | tuple[int, ...]]] = defaultdict(dict)
+    for (name, side), positions in removed.items():
+        gone = torch.unique(torch.cat(positions))
+        if not gone.numel():
+            continue
+        if side.startswith("dim "):  # a bare parameter; the name is the parameter's own
+            dim = int(side.removeprefix("dim "))
+            slices[name].append((dim, _rest(gone, module.get_parameter(name).shape[dim])))
+            continue
+        layer = module.get_submodule(name)
+        kind = layer_of(layer)
+        assert kind is not None, name  # groups only have members whose kind is known
+        stay = _rest(gone, kind.width(layer, side))
+        prefix = f"{name}." if name else ""
+        for tensor, dim, where in kind.slices(layer, side, stay):
+            slices[prefix + tensor].append((dim, where))
+        attributes[name].update(kind.attributes(layer, side, stay.numel()))
+    return Change({name: tuple(cuts) for name, cuts in slices.items()}, dict(attributes))
+
+
+def _rest(gone: Tensor, width: int) -> Tensor:
+    stay = torch.ones(width, dtype=torch.bool)
+    stay[gone] = False
+    return stay.nonzero().flatten()
+
+
+def apply(module: nn.Module, change: Change) -> None:
+    """Cut a network in place. Every Parameter stays the object it was, with its flags, hooks and ties.
+
+    Args:
+        module: The network, or another of the same structure, such as its running average.
+        change: What to do.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> apply(net, Change({"weight": ((1, torch.tensor([0, 3])),)}, {"": {"in_features": 2}}))
+        >>> net
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    seen: set[int] = set()
+    for name, cuts in change.kept.items():
+        tensor = get_tensor(module, name)
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            gradient = tensor.grad
+            resize(tensor, take(tensor.detach(), cuts))
+            if gradient is not None:
+                tensor.grad = take(gradient, cuts)
+    for name, values in change.attributes.items():
+        for attribute, value in values.items():
+            setattr(module.get_submodule(name), attribute, value)
+
+
+def get_tensor(module: nn.Module, name: str) -> Tensor:
+    """Find a parameter or buffer by its qualified name.
+
+    Example:
+        >>> get_tensor(nn.BatchNorm1d(2), "running_mean")
+        tensor([0., 0.])
+    """
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def resize(tensor: Tensor, data: Tensor) -> None:
+    """Give a parameter or buffer new data of another shape, keeping the object. Its gradient is dropped.
+
+    Args:
+        tensor: The parameter or buffer.
+        data: The new data, of the same dtype and device.
+
+    Raises:
+        CompatibilityError: This version of PyTorch keeps the old shape somewhere.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(4))
+        >>> resize(weight, torch.ones(2))
+        >>> weight
+        Parameter containing:
+        tensor([1., 1.], requires_grad=True)
+    """
+    tensor.grad = None
+    if tensor.requires_grad:
+        # Autograd keeps a leaf's gradient accumulator, with its shape, for as long as a graph holds it, and
+        # lets go of it only when the dtype changes.
+        tensor.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
+    tensor.data = data
+    if tensor.shape != data.shape:
+        raise CompatibilityError(
+            f"A tensor kept its shape {tuple(tensor.shape)} when it was given data of shape "
+            f"{tuple(data.shape)}; torch {torch.__version__} is not supported."
+        )
+
+
+def plain(change: Change) -> dict[str, Any]:
+    """Write a change as plain lists, to be sent to other ranks or compared.
+
+    Example:
+        >>> plain(Change({"weight": ((0, torch.tensor([1])),)}, {"": {"out_features": 1}}))
+        {'kept': {'weight': [[0, [1]]]}, 'attributes': {'': {'out_features': 1}}}
+    """
+    return {
+        "kept": {name: [[dim, kept.tolist()] for dim, kept in cuts] for name, cuts in change.kept.items()},
+        "attributes": {name: dict(values) for name, values in change.attributes.items()},
+    }
