@@ -1,0 +1,1 @@
+"""Unstructured sparsity: scores, scopes, exact selection and masks; plain PyTorch, no Lightning."""
