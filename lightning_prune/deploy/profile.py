@@ -1,0 +1,328 @@
+"""How long ONNX files take, measured so that a busy machine cannot fool the reader.
+
+All files are timed in one child process, pinned, warmed up, interleaved in an order shuffled each round;
+the first of them is timed against a second copy of itself, which shows how far to trust the rest. Peak
+memory, time by operator and energy come from further fresh processes, so that they disturb nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_prune.deploy._profile_run import ChildError, Entries, Job, run_child
+from lightning_prune.deploy.energy import find_counters
+from lightning_prune.deploy.environment import environment
+from lightning_prune.deploy.latency import RUNS_FOR_P90, RUNS_FOR_P99, is_noisy, speedup, summarize
+from lightning_prune.errors import ConfigurationError, ProfileError
+
+ENGINES = ("onnxruntime", "openvino")
+Progress = Callable[[str, float], None]
+_AGAIN = "baseline, again"
+# What one further process costs besides its own work: starting Python, importing, loading.
+_START_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How to measure the files.
+
+    Attributes:
+        threads: Threads of the runtime; the process is pinned to as many cores.
+        batch: Samples in one run.
+        rounds: Rounds to time, if the time allows: 100 give a p90, 1,000 a p99. Small files are timed in up
+            to ten times as many, to fill two seconds.
+        max_seconds: About how long the whole profile may take.
+        operators: Whether to add up the time by operator, in a run of its own.
+        engine: `"onnxruntime"`, or `"openvino"` (extra `[openvino]`; no times by operator).
+        dims: Sizes of open dimensions other than the batch, for random inputs: `{"time": 100}`.
+
+    Raises:
+        ConfigurationError: A value is out of range.
+
+    Example:
+        >>> Profile(threads=2).rounds
+        1000
+    """
+
+    threads: int = 1
+    batch: int = 1
+    rounds: int = 1000
+    max_seconds: float = 15.0
+    operators: bool = True
+    engine: str = "onnxruntime"
+    dims: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be measured with."""
+        for name in ("threads", "batch", "rounds"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError.of("Profile", name, "a whole number of at least 1", value)
+        if isinstance(self.max_seconds, bool) or not 1 <= self.max_seconds < float("inf"):
+            raise ConfigurationError.of("Profile", "max_seconds", "at least 1 second", self.max_seconds)
+        if self.engine not in ENGINES:
+            raise ConfigurationError.of("Profile", "engine", f"one of {', '.join(ENGINES)}", self.engine)
+        for key, size in self.dims.items():
+            if not isinstance(size, int) or size < 1:
+                raise ConfigurationError.of("Profile", f"dims[{key!r}]", "a whole number of at least 1", size)
+
+
+@dataclass(frozen=True)
+class FileProfile:
+    """What was measured on one file, as plain data.
+
+    Attributes:
+        latency_ms: The fields of `report.results.Latency`, or None.
+        peak_memory_bytes: Peak resident memory beyond the imports, or None.
+        operators: `{"op", "ms", "share", "count"}` by operator type, the slowest first.
+        energy_mj: Millijoules of one run, or None.
+        missing: Why a value is None, by its name.
+    """
+
+    latency_ms: dict[str, Any] | None = None
+    peak_memory_bytes: int | None = None
+    operators: tuple[dict[str, Any], ...] = ()
+    energy_mj: float | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProfileResult:
+    """What `profile_files` measured.
+
+    Attributes:
+        files: The measurements by variant name, in the order given.
+        protocol: How they were made: threads, cores, rounds, warm-up, load, the baseline against itself.
+        noisy: Whether the baseline against itself was off by more than 5 %.
+        environment: Where, see `deploy.environment`.
+        warnings: Sentences that the reader must see.
+    """
+
+    files: dict[str, FileProfile]
+    protocol: dict[str, Any]
+    noisy: bool
+    environment: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def profile_files(
+    files: Mapping[str, str | Path],
+    config: Profile | None = None,
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    progress: Progress | None = None,
+) -> ProfileResult:
+    """Measure ONNX files side by side.
+
+    Args:
+        files: Path by variant name. `"dense"`, else the first, is the baseline.
+        config: How to measure; `Profile()` by default.
+        inputs: Real inputs by input name, shape (samples, ...); random values of the right shape otherwise.
+        progress: Called with the stage's name and the fraction done, 0 to 1.
+
+    Returns:
+        Latency, peak memory, time by operator and energy of each file. A part that could not be measured
+        is None and says why.
+
+    Raises:
+        ConfigurationError: A file does not exist, or there is none.
+        ProfileError: No file could be timed.
+    """
+    config = config or Profile()
+    paths = _existing(files)
+    job = Job(config.engine, config.threads, config.batch, dict(config.dims), config.rounds, _arrays(inputs))
+    tell = progress or (lambda stage, fraction: None)
+    started = time.monotonic()
+    apart = _START_SECONDS * len(paths) * (2 if config.operators else 1)
+    seconds = max(config.max_seconds - apart, config.max_seconds * 0.5)
+    timed, failed = _time_all(job, paths, seconds, tell)
+    measured = {}
+    for number, (name, path) in enumerate(paths.items()):
+        tell("memory and operators", number / len(paths))
+        left = started + config.max_seconds - time.monotonic()
+        share = left / (len(paths) - number)
+        measured[name] = {} if name in failed else _measure_apart(job, str(path), config.operators, share)
+    tell("memory and operators", 1.0)
+    protocol = _protocol(config, timed, list(paths), job.inputs is not None)
+    protocol["total_seconds"] = round(time.monotonic() - started, 2)
+    return ProfileResult(
+        files={name: _file_profile(name, timed, failed, measured[name], protocol) for name in paths},
+        protocol=protocol,
+        noisy=protocol["noisy"],
+        environment=environment(),
+        warnings=_warnings(config, protocol, failed),
+    )
+
+
+def baseline_of(names: Iterable[str]) -> str:
+    """Return the name that ratios are taken to: `"dense"` if it is there, else the first.
+
+    Example:
+        >>> baseline_of(["pruned", "dense"]), baseline_of(["a", "b"])
+        ('dense', 'a')
+    """
+    known = list(names)
+    return "dense" if "dense" in known else known[0]
+
+
+def _existing(files: Mapping[str, str | Path]) -> dict[str, Path]:
+    paths = {name: Path(path) for name, path in files.items()}
+    if not paths:
+        raise ConfigurationError.of("profile_files", "files", "at least one ONNX file", {})
+    for name, path in paths.items():
+        if not path.is_file():
+            raise ConfigurationError.of(
+                "profile_files", f"files[{name!r}]", "an ONNX file that exists", str(path)
+            )
+    return paths
+
+
+def _arrays(inputs: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]] | None:
+    return None if inputs is None else {name: np.asarray(array) for name, array in inputs.items()}
+
+
+def _time_all(
+    job: Job, paths: dict[str, Path], seconds: float, tell: Progress
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Time the files; leave one that crashes the process out and start again with the others.
+
+    Returns:
+        The child's result, and the reason for each file that could not be timed.
+    """
+    failed: dict[str, str] = {}
+    while True:
+        names = [name for name in paths if name not in failed]
+        if not names:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+            raise ProfileError(f"profile_files: no file could be timed. {reasons}.")
+        entries = [(name, str(paths[name])) for name in names]
+        try:
+            timed = run_child(
+                job, "latency", [*entries, (_AGAIN, str(paths[baseline_of(names)]))], seconds, tell
+            )
+        except ChildError as error:
+            culprit = baseline_of(names) if error.key == _AGAIN else error.key
+            if culprit not in names:
+                raise
+            failed[culprit] = f"the profiling process ended early: {error.reason}"
+            continue
+        failed.update({name: reason for name, reason in timed["failed"].items() if name != _AGAIN})
+        if timed["times_ns"]:
+            return timed, failed
+
+
+def _measure_apart(job: Job, path: str, operators: bool, seconds: float) -> dict[str, Any]:
+    """Measure what needs a process of its own: peak memory, time by operator, energy."""
+    entries = [("file", path)]
+    found: dict[str, Any] = {"missing": {}}
+    try:
+        found["peak_memory_bytes"] = run_child(job, "memory", entries, 0.0)["bytes"]
+        if found["peak_memory_bytes"] is None:
+            found["missing"]["peak_memory_bytes"] = "the system does not tell the peak memory of a process"
+    except ChildError as error:
+        found["missing"]["peak_memory_bytes"] = error.reason
+    if not operators:
+        found["missing"]["operators"] = "not asked for"
+    elif job.engine != "onnxruntime":
+        found["missing"]["operators"] = "only ONNX Runtime is profiled by operator"
+    else:
+        try:
+            span = min(1.0, max(0.1, seconds - 2 * _START_SECONDS))
+            found["operators"] = tuple(run_child(job, "operators", entries, span)["operators"])
+        except ChildError as error:
+            found["missing"]["operators"] = error.reason
+    found["energy_mj"], reason = _energy(job, entries)
+    if reason:
+        found["missing"]["energy_mj"] = reason
+    return found
+
+
+def _energy(job: Job, entries: Entries) -> tuple[float | None, str | None]:
+    counters, reason = find_counters()
+    if not counters:
+        return None, reason
+    try:
+        result = run_child(job, "energy", entries, 1.0)
+    except ChildError as error:
+        return None, error.reason
+    return result["value"], result["reason"]
+
+
+def _protocol(config: Profile, timed: dict[str, Any], names: list[str], real_inputs: bool) -> dict[str, Any]:
+    """Say how the times were taken, and how the baseline compared to itself."""
+    times, baseline = timed["times_ns"], baseline_of(names)
+    # If the baseline itself failed, its place in the dense-against-dense row was taken by the next file.
+    twice = baseline if baseline in times else baseline_of(name for name in times if name != _AGAIN)
+    again = speedup(times[twice], times[_AGAIN]) if _AGAIN in times else None
+    rounds, seconds = len(times[twice]), timed["seconds"]
+    return {
+        "engine": config.engine,
+        "threads": config.threads,
+        "batch": config.batch,
+        "inputs": "real" if real_inputs else "random",
+        "rounds": rounds,
+        "seconds": round(seconds, 3),
+        "baseline": baseline,
+        "again": again,
+        "noisy": is_noisy(again),
+        "pinned": timed["pinned"],
+        "cpu_share": round(timed["cpu_seconds"] / (seconds * config.threads), 3) if seconds else None,
+        "load_average": timed["load"],
+        "warm_up": {name: warm for name, warm in timed["warmup"].items() if name != _AGAIN},
+    }
+
+
+def _file_profile(
+    name: str, timed: dict[str, Any], failed: dict[str, str], apart: dict[str, Any], protocol: dict[str, Any]
+) -> FileProfile:
+    if name in failed:
+        parts = ("latency_ms", "peak_memory_bytes", "operators", "energy_mj")
+        return FileProfile(missing=dict.fromkeys(parts, failed[name]))
+    times = timed["times_ns"]
+    latency = summarize(times[name])
+    base = times.get(protocol["baseline"])
+    if base is not None and name != protocol["baseline"]:
+        latency["speedup"] = speedup(base, times[name])
+        latency["speedup_min"] = min(base) / min(times[name])
+    missing = dict(apart["missing"])
+    for key, needed in (("p90", RUNS_FOR_P90), ("p99", RUNS_FOR_P99)):
+        if latency[key] is None:
+            missing[f"latency_ms.{key}"] = f"{latency['runs']} runs, and it takes {needed:,}"
+    return FileProfile(
+        latency_ms=latency,
+        peak_memory_bytes=apart.get("peak_memory_bytes"),
+        operators=apart.get("operators", ()),
+        energy_mj=apart.get("energy_mj"),
+        missing=missing,
+    )
+
+
+def _warnings(config: Profile, protocol: dict[str, Any], failed: dict[str, str]) -> tuple[str, ...]:
+    """Say what a reader must know before trusting the numbers."""
+    found = [f"{name} could not be profiled: {reason}." for name, reason in failed.items()]
+    again = protocol["again"]
+    if again is None:
+        found.append(f"Only {protocol['rounds']} rounds were timed: the noise of the machine is unknown.")
+    elif protocol["noisy"]:
+        found.append(
+            f"The machine was noisy: {protocol['baseline']} against itself came out at {again['value']:.2f}x "
+            f"(95 % interval {again['low']:.2f} to {again['high']:.2f}). "
+            "Do not trust speed-ups that are not clearly larger, and measure again on a quiet machine."
+        )
+    if protocol["rounds"] < min(RUNS_FOR_P90, config.rounds):
+        found.append(
+            f"Only {protocol['rounds']} rounds fitted into {config.max_seconds:g} s, so there is no p90: "
+            "raise Profile(max_seconds=...)."
+        )
+    restless = [name for name, warm in protocol["warm_up"].items() if not warm["settled"]]
+    if restless:
+        found.append(f"The times of {', '.join(restless)} had not settled when the warm-up ended.")
+    if protocol["pinned"]["reason"]:
+        found.append(f"The profile was not pinned as asked: {protocol['pinned']['reason']}.")
+    return tuple(found)
