@@ -83,6 +83,41 @@ def update_masks(
 
 
 @torch.no_grad()
+def count_below(
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    criterion: Criterion,
+    threshold: float,
+    *,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Count the elements that score below a threshold or are masked already.
+
+    Args:
+        weights: The weights by name.
+        masks: The masks so far; a missing one masks nothing.
+        criterion: Scores a weight.
+        threshold: Scores below it count.
+        seed: Handed to the criterion.
+
+    Returns:
+        The count of each weight.
+
+    Example:
+        >>> from lightning_prune.sparsity.criteria import magnitude
+        >>> count_below({"w": torch.tensor([0.1, -0.2, 3.0])}, {}, magnitude, 0.15)
+        {'w': 1}
+    """
+    counts: dict[str, int] = {}
+    for name, weight in weights.items():
+        below = criterion(Evidence(name, weight, seed)) < threshold
+        if name in masks:
+            below |= masks[name] == 0
+        counts[name] = int(below.sum())
+    return counts
+
+
+@torch.no_grad()
 def apply_masks(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero what is masked, in place, with one fused multiplication.
 

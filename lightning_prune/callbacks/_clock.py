@@ -1,0 +1,80 @@
+"""What time it is in a training, in the units a `Schedule` is planned in.
+
+An epoch is `trainer.current_epoch`, a step an optimizer step, `trainer.global_step`. With manual optimization
+the module may step several optimizers in one batch, or none, so there a step is a batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning_prune._lightning import LightningModule, Trainer
+from lightning_prune.schedules import Interval, Schedule, Timeline
+
+
+def plan(trainer: Trainer, pl_module: LightningModule, schedule: Schedule) -> Timeline:
+    """Resolve a schedule against the training that is about to start.
+
+    Args:
+        trainer: The trainer, in `on_fit_start` or later.
+        pl_module: The module.
+        schedule: The schedule.
+
+    Returns:
+        The timeline. Under `fast_dev_run` a window that ends after the training is moved into it.
+
+    Raises:
+        ScheduleError: If the window ends after the training, or its length is needed and not known.
+    """
+    epochs, steps = training_length(trainer, pl_module)
+    return schedule.plan(epochs=epochs, steps=steps, clamp=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
+
+
+def now(trainer: Trainer, pl_module: LightningModule, interval: Interval) -> int:
+    """Tell the time, from 0: the epoch that runs, or the step that comes next.
+
+    Args:
+        trainer: The trainer, at the start of an epoch or a batch.
+        pl_module: The module.
+        interval: The unit.
+
+    Returns:
+        The number of epochs, or of steps, that are over.
+    """
+    if interval == "epoch":
+        return trainer.current_epoch
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    # The loop has counted the batch that starts now; before the first batch of all this is -1.
+    return max(trainer.fit_loop.epoch_loop.total_batch_idx, 0)
+
+
+def training_length(trainer: Trainer, pl_module: LightningModule) -> tuple[int | None, int | None]:
+    """Say how long the training is.
+
+    Args:
+        trainer: The trainer, in `on_fit_start` or later.
+        pl_module: The module.
+
+    Returns:
+        The number of epochs and of steps; None where it cannot be known (an iterable dataset without a
+        length, training without end).
+    """
+    # Asking for this loads the training data, which makes `num_training_batches` known.
+    trainer.estimated_stepping_batches  # noqa: B018
+    batches = trainer.num_training_batches
+    max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
+    max_steps = trainer.max_steps if trainer.max_steps != -1 else None
+    if math.isinf(batches):
+        return max_epochs, max_steps
+    per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    if max_steps is not None and not pl_module.automatic_optimization:
+        # `max_steps` counts the steps of all optimizers together.
+        max_steps = math.ceil(max_steps / max(1, len(trainer.optimizers)))
+    if max_steps is not None:
+        needed = math.ceil(max_steps / per_epoch)
+        max_epochs = needed if max_epochs is None else min(max_epochs, needed)
+    steps = per_epoch * max_epochs if max_epochs is not None else None
+    if max_steps is not None and steps is not None:
+        steps = min(steps, max_steps)
+    return max_epochs, steps
