@@ -32,16 +32,23 @@ class Weight:
     Attributes:
         name: Its first name in `module.named_parameters()`.
         parameter: The parameter itself.
-        module: The layer it belongs to (for a parametrized weight the layer, not the parametrization).
+        modules: The layers that hold it, several if it is tied (for a parametrized weight the layer, not the
+            parametrization).
         names: All names it can be selected by: those of tied copies, `fc.weight` for a parametrized weight.
         by_default: Whether it is the weight of a convolution, dense, embedding, recurrent or attention layer.
     """
 
     name: str
     parameter: nn.Parameter
-    module: nn.Module
+    modules: tuple[nn.Module, ...]
     names: tuple[str, ...]
     by_default: bool
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer that says what its dimensions mean: the first that is pruned by default, else the first."""
+        usual = [module for module in self.modules if isinstance(module, PRUNABLE_TYPES)]
+        return (usual or list(self.modules))[0]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -115,15 +122,15 @@ def named_weights(module: nn.Module) -> list[Weight]:
         if metrics and name.startswith(metrics):
             continue
         layer_name, plain, prunable = _locate(name, parameter, layers)
-        names = tuple(dict.fromkeys((name, plain)))
-        if id(parameter) in found:
-            known = found[id(parameter)]
-            names = tuple(dict.fromkeys((*known.names, *names)))
-            layer = known.module if known.by_default else layers[layer_name]
-            prunable = known.by_default or prunable
-            found[id(parameter)] = Weight(known.name, parameter, layer, names, prunable)
-        else:
-            found[id(parameter)] = Weight(name, parameter, layers[layer_name], names, prunable)
+        # A tied weight was seen before, under another name.
+        seen = found.get(id(parameter), Weight(name, parameter, (), (), False))
+        found[id(parameter)] = Weight(
+            name=seen.name,
+            parameter=parameter,
+            modules=(*seen.modules, layers[layer_name]),
+            names=tuple(dict.fromkeys((*seen.names, name, plain))),
+            by_default=seen.by_default or prunable,
+        )
     return list(found.values())
 
 
@@ -167,7 +174,7 @@ def select_weights(
     def excluded(pattern: str) -> list[str]:
         return [w.name for w in weights.values() if _weight_matches(w, pattern)]
 
-    types = sorted({cls.__name__ for w in weights.values() for cls in _classes(w.module)})
+    types = sorted({cls.__name__ for w in weights.values() for cls in _classes(w)})
     picked = _resolve(include, "include", owner, known, meant, types)
     dropped = _resolve(exclude, "exclude", owner, known, excluded, types)
     left = set(picked) - set(dropped)
@@ -196,7 +203,7 @@ def assign(weights: Mapping[str, Weight], levels: Mapping[str, float], owner: st
         {'0.weight': 0.3, '1.weight': 0.85}
     """
     known = [name for weight in weights.values() for name in weight.names]
-    types = sorted({cls.__name__ for w in weights.values() for cls in _classes(w.module)})
+    types = sorted({cls.__name__ for w in weights.values() for cls in _classes(w)})
     out: dict[str, float] = {}
     for pattern, level in levels.items():
         hits = [name for name, weight in weights.items() if _weight_matches(weight, pattern)]
@@ -210,12 +217,13 @@ def assign(weights: Mapping[str, Weight], levels: Mapping[str, float], owner: st
 def _weight_matches(weight: Weight, pattern: str) -> bool:
     if pattern.startswith(TYPE_PREFIX):
         wanted = pattern[len(TYPE_PREFIX) :]
-        return any(fnmatchcase(cls.__name__, wanted) for cls in _classes(weight.module))
+        return any(fnmatchcase(cls.__name__, wanted) for cls in _classes(weight))
     return any(matches(name, pattern) for name in weight.names)
 
 
-def _classes(module: nn.Module) -> list[type]:
-    return [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+def _classes(weight: Weight) -> list[type]:
+    found = [cls for module in weight.modules for cls in type(module).__mro__]
+    return [cls for cls in found if issubclass(cls, nn.Module) and cls is not nn.Module]
 
 
 def _is_metric(module: nn.Module) -> bool:

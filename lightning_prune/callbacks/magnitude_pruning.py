@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,7 +219,7 @@ class MagnitudePruning(Callback):
         """Follow the removal of channels: cut the masks alike, then make the level exact again."""
         parameters = dict(pl_module.named_parameters(remove_duplicate=False))
         self._weights = {
-            name: Weight(name, parameters[name], weight.module, weight.names, weight.by_default)
+            name: replace(weight, parameter=parameters[name])
             for name, weight in self._weights.items()
             if name in parameters
         }

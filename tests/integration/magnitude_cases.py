@@ -9,7 +9,6 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-
 # Said by Lightning itself in these deliberately tiny runs; none of it is about pruning.
 LIGHTNING_WARNINGS = [
     # Lightning 2.6 calls torch.utils._pytree in a way torch 2.13 deprecates.

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from magnitude_cases import LIGHTNING_WARNINGS, Net, Probe, TwoOptimizers, data, selected, size, trainer, zeros
+from magnitude_cases import (
+    LIGHTNING_WARNINGS,
+    Net,
+    Probe,
+    TwoOptimizers,
+    data,
+    selected,
+    size,
+    trainer,
+    zeros,
+)
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
@@ -63,7 +75,8 @@ def test_zeros_are_exact_at_every_forward_step_validation_and_checkpoint(tmp_pat
 def test_zeros_follow_the_schedule_at_every_optimizer_step(tmp_path, curve):
     schedule = Schedule(curve, 3, 20, unit="step", interval="step", frequency=4)
     probe = Probe()
-    run = trainer(tmp_path, probe, MagnitudePruning(0.7, schedule=schedule), accumulate_grad_batches=2, max_epochs=6)
+    pruning = MagnitudePruning(0.7, schedule=schedule)
+    run = trainer(tmp_path, probe, pruning, accumulate_grad_batches=2, max_epochs=6)
     net = Net("adamw")
     run.fit(net, data())
     timeline = schedule.plan(epochs=6, steps=24)
@@ -105,7 +118,7 @@ def test_masks_only_ever_grow(tmp_path):
     trainer(tmp_path, pruning, Watch()).fit(Net(), data())
     grown = [masks for masks in seen if masks]
     assert len(grown) > 20
-    for before, after in zip(grown, grown[1:], strict=False):
+    for before, after in itertools.pairwise(grown):
         assert all(bool((after[name] <= before[name]).all()) for name in before)
 
 

@@ -55,8 +55,9 @@ def test_resume_after_kill_gives_the_same_weights(tmp_path, optimizer, scope):
         fit.fit(net, data(), data(), ckpt_path=ckpt_path)
         return net, fit.optimizers[0].state_dict(), pruning
 
+    arguments = [str(Path(__file__).parent), str(tmp_path / "killed"), optimizer, scope]
     killed = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path / "killed"), optimizer, scope],
+        [sys.executable, "-c", SCRIPT, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -142,5 +143,6 @@ def test_weights_of_any_checkpoint_load_into_the_plain_module(tmp_path):
     net = Net()
     trainer(tmp_path, MagnitudePruning(0.8), keep, enable_checkpointing=True).fit(net, data())
     plain = Net.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(selected(net).values(), selected(plain).values(), strict=True))
+    pairs = zip(selected(net).values(), selected(plain).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert zeros(plain) == 768
