@@ -8,14 +8,8 @@ from typing import Any
 import torch
 
 from lightning_prune._lightning import LightningModule, Trainer
-from lightning_prune.deploy.capture import (
-    Call,
-    Rehearsal,
-    explicit_call,
-    first_call,
-    inputs_from_batch,
-    untouched_rng,
-)
+from lightning_prune.deploy.calls import Call, explicit_call, untouched_rng
+from lightning_prune.deploy.capture import Rehearsal, first_call, inputs_from_batch
 
 __all__ = ["Call", "example_inputs", "first_batch", "inputs_from_batch", "validation_loaders"]
 

@@ -12,13 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune.callbacks._inputs import example_inputs, first_batch
-from lightning_prune.deploy.capture import (
-    Rehearsal,
-    explicit_call,
-    inputs_from_batch,
-    submodule,
-    untouched_rng,
-)
+from lightning_prune.deploy.calls import explicit_call, submodule, untouched_rng
+from lightning_prune.deploy.capture import Rehearsal, inputs_from_batch
 from lightning_prune.errors import SelectionError, TracingError
 
 pytestmark = [

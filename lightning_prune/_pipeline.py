@@ -1,0 +1,230 @@
+"""From trained modules to files and numbers: the one pipeline behind `EdgeExport` and `export()`.
+
+Everything is made in a directory beside the target and moves in when it is complete, so an error, a full
+disk or a kill leaves the last good export as it was. The modules that come in are copies of the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_prune import cost
+from lightning_prune._task import Data, Made, Task, assemble
+from lightning_prune.deploy.calls import Call, explicit_call, submodule
+from lightning_prune.deploy.capture import Rehearsal
+from lightning_prune.deploy.evaluate import cpu_trainer, evaluate_file, has_data, quiet_lightning
+from lightning_prune.deploy.files import check_writable, remove_stale, staged
+from lightning_prune.deploy.loaders import SAMPLES, batches_in_turn, captured_calls, leaves_of
+from lightning_prune.deploy.onnx import export_onnx
+from lightning_prune.deploy.parity import check_parity, resized
+from lightning_prune.deploy.profile import ProfileResult, profile_files
+from lightning_prune.deploy.quantize import Quantize, quantize_file
+from lightning_prune.deploy.runtime import Feed, open_session, to_feed
+from lightning_prune.deploy.search import sensitivity, within_drop
+from lightning_prune.errors import ConfigurationError, ProfileError, TracingError
+from lightning_prune.report.results import Report
+
+Progress = Callable[[str, float], None]
+PARITY_BATCHES = 3
+
+
+def run(task: Task, progress: Progress | None = None) -> Report:
+    """Export, quantize, evaluate and profile, and write the report.
+
+    Args:
+        task: What and how.
+        progress: Called with a stage's name and the fraction of it that is done, 0 to 1.
+
+    Returns:
+        The report, as it was written to `report.json`.
+
+    Raises:
+        ExportError: Something failed (see its subclasses); the last export in `dirpath` is as it was.
+        TracingError: There is no example input, or the module cannot be run on it.
+    """
+    from lightning_prune.report.render import write_report  # its templates need jinja2
+
+    tell = progress or (lambda stage, fraction: None)
+    dirpath = check_writable(task.dirpath)
+    before = _files_of(dirpath)
+    with staged(dirpath) as stage:
+        made = {name: _export(task, name, stage, tell) for name in task.modules}
+        _evaluate(task, made, tell)
+        if task.quantize is not None:
+            _quantize(task, made, stage, tell)
+        profile, reason = _profile(task, made, tell)
+        report = assemble(task, made, profile, reason)
+        write_report(report, stage)
+        kept = {p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file()}
+    remove_stale(dirpath, before - kept)
+    return report
+
+
+def _files_of(dirpath: Path) -> set[str]:
+    """Return the ONNX files of the export that is in a directory already."""
+    try:
+        variants = Report.load(dirpath).variants
+    except ConfigurationError:
+        return set()
+    return {v.file for v in variants if v.file.endswith(".onnx") and "/" not in v.file}
+
+
+def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:
+    tell(f"export {name}", 0.0)
+    module: Any = task.modules[name]
+    module.cpu().float().eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    target = submodule(module, task.submodule, "export")
+    calls = example_calls(module, task.submodule, task.data)
+    exported = export_onnx(target, stage / f"{name}.onnx", *calls[0])
+    tell(f"export {name}", 0.7)
+    parity = check_parity(target, exported, calls)
+    single = next(resized(calls[:1], exported.interface, (1,)))
+    macs = cost.count_macs(target, *single)
+    tell(f"export {name}", 1.0)
+    return Made(exported, module, calls=calls, parity=parity, macs=macs)
+
+
+def example_calls(module: Any, name: str | None, data: Data) -> list[Call]:
+    """Return real calls of a submodule, from the user's own validation or training step.
+
+    Args:
+        module: The LightningModule.
+        name: The submodule's dotted name; None is the module itself.
+        data: Real batches.
+
+    Returns:
+        One to three calls; without any, one made of `example_input_array` or of a batch's first tensor.
+
+    Raises:
+        TracingError: Nothing works.
+    """
+    with quiet_lightning():
+        rehearsal = Rehearsal(module, name, trainer=cpu_trainer(module), datamodule=data.datamodule)
+    for loaders, step in ((data.val, "validation_step"), (data.train, "training_step")):
+        calls = list(captured_calls(rehearsal, loaders, step, PARITY_BATCHES))
+        if calls:
+            return calls
+    array = getattr(module, "example_input_array", None)
+    if not name and array is not None:
+        return [explicit_call(array, torch.device("cpu"), torch.float32)]
+    for loaders in (data.val, data.train):
+        for batch, _ in batches_in_turn(loaders):
+            call = rehearsal.first_element(batch)
+            if call is not None:
+                return [call]
+            break
+    what = f"module {name!r}" if name else type(module).__name__
+    raise TracingError(
+        f"There is no example input for {what}: give validation data whose validation_step calls it, or set "
+        "`example_input_array` on the LightningModule, or name what the steps call with module='...'."
+    )
+
+
+def _evaluate(task: Task, made: Mapping[str, Made], tell: Progress) -> None:
+    for name, item in made.items():
+        item.metrics = _metrics(task, item, name, tell)
+
+
+def _metrics(task: Task, item: Made, name: str, tell: Progress) -> dict[str, float]:
+    if not has_data(task.data.val, task.data.limit):
+        return {}
+    stage = f"evaluate {name}"
+    tell(stage, 0.0)
+    total = _count(task.data.val, task.data.limit)
+    metrics = evaluate_file(
+        item.module,
+        item.exported,
+        task.data.val,
+        module_name=task.submodule,
+        datamodule=task.data.datamodule,
+        limit=task.data.limit,
+        on_batch=lambda done: tell(stage, min(done / total, 1.0) if total else 0.0),
+    )
+    tell(stage, 1.0)
+    return metrics
+
+
+def _count(loaders: Any, limit: int | float) -> int:
+    try:
+        sizes = [len(loader) for loader in leaves_of(loaders)]
+    except TypeError:
+        return 0
+    return sum(min(size, limit) if isinstance(limit, int) else int(size * limit) for size in sizes)
+
+
+def _quantize(task: Task, made: dict[str, Made], stage: Path, tell: Progress) -> None:
+    assert task.quantize is not None
+    source = list(made)[-1]
+    name, base = f"{source}.int8", made[source]
+    tell(f"quantize {name}", 0.0)
+    feeds = calibration_feeds(task, base) if task.quantize.mode == "static" else []
+    path = stage / f"{name}.onnx"
+
+    def attempt(exclude: tuple[str, ...]) -> Made:
+        quantized = quantize_file(
+            base.exported.path,
+            path,
+            task.quantize or Quantize(),
+            feeds,
+            exclude_nodes=exclude,
+            on_batch=lambda done: tell(f"quantize {name}", done / max(len(feeds), 1)),
+        )
+        item = Made(
+            replace(base.exported, path=path), base.module, source, quantized=quantized, macs=base.macs
+        )
+        item.metrics = _metrics(task, item, name, tell)
+        return item
+
+    item = attempt(())
+    if task.max_drop:
+        ranked = sensitivity(base.exported.path, stage, task.quantize, feeds)
+        item, table = within_drop(
+            item, attempt, lambda made: made.metrics, base.metrics, task.max_drop, ranked
+        )
+        item.search = table
+    tell(f"quantize {name}", 1.0)
+    target = submodule(base.module, task.submodule)
+    item.parity = check_parity(target, item.exported, base.calls, strict=False)
+    made[name] = item
+
+
+def calibration_feeds(task: Task, base: Made) -> list[Feed]:
+    """Return the inputs of real batches, from the user's own training or validation loader."""
+    assert task.quantize is not None
+    with quiet_lightning():
+        trainer = cpu_trainer(base.module)
+    rehearsal = Rehearsal(base.module, task.submodule, trainer=trainer, datamodule=task.data.datamodule)
+    sources = [(task.data.train, "training_step"), (task.data.val, "validation_step")]
+    if task.quantize.source == "val":
+        sources.reverse()
+    session = open_session(base.exported.path, threads=1)
+    face = base.exported.interface
+    calls: list[Call] = []
+    for loaders, step in sources:
+        calls = list(captured_calls(rehearsal, loaders, step, task.quantize.batches, SAMPLES))
+        if calls:
+            break
+    calls = calls or base.calls
+    return [to_feed(session, [face.tensors(*call)[i] for i in face.kept]) for call in calls]
+
+
+def _profile(task: Task, made: Mapping[str, Made], tell: Progress) -> tuple[ProfileResult | None, str]:
+    if task.profile is None:
+        return None, "not asked for"
+    first = next(iter(made.values()))
+    face = first.exported.interface
+    session = open_session(first.exported.path, threads=1)
+    tensors = face.tensors(*first.calls[0])
+    inputs = to_feed(session, [tensors[i] for i in face.kept])
+    files = {name: item.exported.path for name, item in made.items()}
+    try:
+        return profile_files(files, task.profile, inputs, lambda s, f: tell(f"profile: {s}", f)), ""
+    except ProfileError as error:
+        return None, str(error)

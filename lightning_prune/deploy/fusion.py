@@ -1,0 +1,107 @@
+"""What ONNX Runtime makes of a quantized graph: what runs in integers, and how to keep a node in float."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.deploy.runtime import open_session
+
+_INTEGER_OPS = {
+    "QLinearConv", "QLinearMatMul", "QGemm", "QAttention", "QLinearConvTranspose", "ConvInteger",
+    "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
+}  # fmt: skip
+_FLOAT_OPS = {
+    "Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "LSTM", "GRU", "RNN",
+    "Attention", "MultiHeadAttention",
+}  # fmt: skip
+
+
+def layers_of(source: str | Path) -> dict[str, str]:
+    """Return the layer that each weighted compute node of a file belongs to, from the name of its weight."""
+    import onnx
+
+    graph = onnx.load(str(source)).graph
+    initializers = {item.name for item in graph.initializer}
+    layers = {}
+    for node in graph.node:
+        weight = next((name for name in node.input if name in initializers), None)
+        if node.op_type in _FLOAT_OPS and weight is not None:
+            layers[node.name] = weight.rsplit(".", 1)[0] if "." in weight else node.name
+    return layers
+
+
+def held_in_float(part: Path, nodes: Sequence[str]) -> bytes:
+    """Return a quantized model in which the excluded nodes really stay in float.
+
+    ONNX Runtime quantizes the weight of a float convolution by itself when it finds it between a
+    DequantizeLinear and a QuantizeLinear (its WeightBiasQuantization). A `Sum` of one operand, which no
+    optimizer removes, keeps the two apart.
+    """
+    import onnx
+
+    proto = onnx.load(str(part))
+    graph = proto.graph
+    if nodes:
+        held = {name for node in graph.node if node.name in nodes for name in node.output}
+        # An activation behind the node belongs to the same pattern.
+        held |= {
+            name
+            for node in graph.node
+            if node.op_type in ("Relu", "Clip") and node.input[0] in held
+            for name in node.output
+        }
+        patched = []
+        for node in graph.node:
+            if node.op_type == "QuantizeLinear" and node.input[0] in held:
+                name = f"{node.input[0]}_in_float"
+                patched.append(onnx.helper.make_node("Sum", [node.input[0]], [name], name=name))
+                node.input[0] = name
+            patched.append(node)
+        del graph.node[:]
+        graph.node.extend(patched)
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def fusion_coverage(path: str | Path, excluded: Sequence[str] = ()) -> tuple[int, list[dict[str, str]]]:
+    """Let ONNX Runtime optimize a file, and see which compute operators run in integers.
+
+    Args:
+        path: A quantized ONNX file.
+        excluded: Nodes and layers that were kept in float on purpose.
+
+    Returns:
+        How many run in integers, and those that do not, with the reason.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        open_session(path, threads=1, optimized=optimized)
+        graph = onnx.load(str(optimized)).graph
+    integer = 0
+    floating = []
+    weights = {item.name for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type in _INTEGER_OPS:
+            integer += 1
+        elif node.op_type in _FLOAT_OPS:
+            weight = next((n for n in node.input if n in weights), "")
+            layer = weight.rsplit(".", 1)[0] if "." in weight else node.name
+            floating.append(
+                {"name": layer, "op": node.op_type, "reason": _reason(node, layer, bool(weight), excluded)}
+            )
+    return integer, floating
+
+
+def _reason(node: Any, layer: str, has_weight: bool, excluded: Sequence[str]) -> str:
+    if layer in excluded or any(name == node.name for name in excluded):
+        return "kept in float on purpose"
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return "recurrent operators are not quantized statically, and of them only LSTM dynamically"
+    if not has_weight:
+        return "both operands are activations, or its quantization did not fuse"
+    return "the runtime did not fuse the quantization around it"

@@ -1,0 +1,106 @@
+"""Whether ONNX Runtime and PyTorch agree, on real batches of several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.deploy.calls import Call
+from lightning_prune.deploy.interface import Interface
+from lightning_prune.deploy.onnx import Exported, batch_size, has_batch
+from lightning_prune.deploy.runtime import OnnxModule
+from lightning_prune.deploy.tree import flatten
+from lightning_prune.errors import ParityError
+
+ABSOLUTE, RELATIVE = 1e-5, 1e-4
+"""How far ONNX Runtime may be from PyTorch: `ABSOLUTE + RELATIVE * (largest magnitude of the output)`."""
+
+
+def check_parity(
+    module: nn.Module, exported: Exported, calls: Iterable[Call], *, strict: bool = True
+) -> dict[str, Any]:
+    """Compare a file run by ONNX Runtime with the module it came from, on several batch sizes.
+
+    Args:
+        module: The module, on the CPU, in eval mode.
+        exported: The file.
+        calls: Real calls of the module; each is tried whole, cut to two samples and to one.
+        strict: Raise if they differ by more than the tolerance; otherwise report the difference only.
+
+    Returns:
+        `max_abs`, `max_rel` (of the output's largest magnitude), `tolerance`, and `batches`, the sizes tried.
+
+    Raises:
+        ParityError: They differ.
+    """
+    function = OnnxModule(exported.path, exported.interface)
+    worst_abs = worst_rel = 0.0
+    sizes = []
+    for call in resized(calls, exported.interface):
+        size = batch_size(exported.interface.tensors(*call))
+        with torch.no_grad():
+            expected = flatten(module(*call[0], **call[1]))[0]
+        actual = flatten(function(*call[0], **call[1]))[0]
+        for name, left, right in zip(exported.interface.outputs.names, expected, actual, strict=True):
+            distance, scale = _distance(left, right)
+            worst_abs = max(worst_abs, distance)
+            worst_rel = max(worst_rel, distance / scale if scale else float(distance > 0))
+            if strict and not distance <= ABSOLUTE + RELATIVE * scale:
+                raise ParityError(
+                    f"{exported.path.name}: output {name!r} differs from PyTorch by {distance:.3g} at batch "
+                    f"{size}, where {ABSOLUTE + RELATIVE * scale:.3g} is allowed. A module that draws random "
+                    "numbers in eval mode, or whose path depends on the values, cannot be exported as it is."
+                )
+        sizes.append(size)
+    return {
+        "max_abs": worst_abs,
+        "max_rel": worst_rel,
+        "tolerance": {"absolute": ABSOLUTE, "relative": RELATIVE} if strict else None,
+        "batches": sizes,
+    }
+
+
+def resized(
+    calls: Iterable[Call], interface: Interface, sizes: tuple[int | None, ...] = (None, 2, 1)
+) -> Iterator[Call]:
+    """Cut calls to other batch sizes.
+
+    Args:
+        calls: Calls of a module.
+        interface: What the module takes.
+        sizes: The wanted sizes; None leaves a call whole. A size is tried once, and never on a smaller call.
+
+    Yields:
+        The calls, the whole ones each and the others once.
+    """
+    done: set[int] = set()
+    for args, kwargs in calls:
+        tensors = interface.tensors(args, kwargs)
+        size = batch_size(tensors)
+        if size is None:
+            yield args, kwargs
+            continue
+        for wanted in sizes:
+            if wanted is not None and (wanted > size or wanted in done):
+                continue
+            done.add(size if wanted is None else wanted)
+            yield interface.arguments([t[:wanted] if has_batch(t, size) else t for t in tensors])
+
+
+def _distance(left: Tensor, right: Tensor) -> tuple[float, float]:
+    """Return the largest absolute difference and the largest magnitude; infinite if shapes or NaNs differ."""
+    if left.shape != right.shape:
+        return float("inf"), 1.0
+    if not left.numel():
+        return 0.0, 0.0
+    left, right = left.detach().double(), right.detach().double()
+    if not torch.equal(left.isfinite(), right.isfinite()):
+        return float("inf"), 1.0
+    finite = left.isfinite()
+    left, right = left[finite], right[finite]
+    if not left.numel():
+        return 0.0, 0.0
+    return float((left - right).abs().max()), float(left.abs().max())

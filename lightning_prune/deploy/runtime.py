@@ -1,0 +1,122 @@
+"""An ONNX file that is called like the module it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_prune.deploy.interface import Interface
+from lightning_prune.errors import EvaluationError, MissingDependencyError
+
+Feed = dict[str, "np.ndarray[Any, np.dtype[Any]]"]
+
+
+def require_onnxruntime(purpose: str = "EdgeExport") -> Any:
+    """Import onnxruntime.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError.of("onnxruntime", purpose, "onnxruntime") from error
+    return onnxruntime
+
+
+def open_session(model: str | Path | bytes, *, threads: int = 0, optimized: str | Path | None = None) -> Any:
+    """Open an ONNX file in ONNX Runtime on the CPU.
+
+    Args:
+        model: A path, or a serialized model.
+        threads: Threads inside one operator; 0 leaves the choice to ONNX Runtime.
+        optimized: Where to write the graph with ONNX Runtime's fusions, if anywhere.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        EvaluationError: ONNX Runtime does not accept the file.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    ort = require_onnxruntime("running an ONNX file")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # its warnings are about graph clean-ups that a user cannot act on
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        # The last level rearranges weights in memory, under other names, for this machine alone.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        what = "the model" if isinstance(model, bytes) else Path(model).name
+        raise EvaluationError(f"ONNX Runtime does not accept {what}: {error}") from error
+
+
+_NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def to_feed(session: Any, tensors: list[Tensor]) -> Feed:
+    """Pair a session's inputs with tensors, in the types the file wants."""
+    feed = {}
+    for item, tensor in zip(session.get_inputs(), tensors, strict=True):
+        array = tensor.detach().cpu()
+        # NumPy has no bfloat16.
+        array = array.float() if array.dtype is torch.bfloat16 else array
+        wanted = _NUMPY.get(item.type)
+        feed[item.name] = np.ascontiguousarray(array.numpy(), dtype=wanted)
+    return feed
+
+
+class OnnxModule:
+    """Stands in for a module's forward: takes its arguments, returns its outputs, computes with ONNX Runtime.
+
+    Args:
+        path: The ONNX file.
+        interface: What the module takes and gives.
+        threads: Threads inside one operator; 0 leaves the choice to ONNX Runtime.
+
+    Attributes:
+        calls: How often it was called.
+    """
+
+    def __init__(self, path: str | Path, interface: Interface, *, threads: int = 0) -> None:
+        self.session = open_session(path, threads=threads)
+        self.interface = interface
+        self.calls = 0
+
+    def feed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Feed:
+        """Return the arrays that the file is run with for a call.
+
+        Raises:
+            EvaluationError: The call is not of the structure that was exported.
+        """
+        tensors = self.interface.tensors(args, kwargs)
+        return to_feed(self.session, [tensors[i] for i in self.interface.kept])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the file on the arguments of a call of the module."""
+        self.calls += 1
+        tensors = self.interface.tensors(args, kwargs)
+        feed = to_feed(self.session, [tensors[i] for i in self.interface.kept])
+        arrays = self.session.run(None, feed)
+        device = tensors[0].device
+        return self.interface.outputs.build([torch.from_numpy(np.array(a)).to(device) for a in arrays])
