@@ -114,8 +114,7 @@ def one_cycle(progress: float) -> float:
     """Leave the network alone at first, prune in mid-course, then let it settle.
 
     `f(x) = (1 + e^(-a + b)) / (1 + e^(-a x + b))` with `a = 14` and `b = 5`: Hubens et al. 2021, "One-Cycle
-    Pruning", equation 2. The published curve is 0.0067 at 0; a window starts from nothing, so here
-    `f(0) = 0`.
+    Pruning". The published curve is 0.0067 at 0; a window starts from nothing, so here `f(0) = 0`.
 
     Args:
         progress: The part of the window that has passed, 0 to 1.

@@ -46,7 +46,7 @@ class Weight:
 
     @property
     def module(self) -> nn.Module:
-        """The layer that says what its dimensions mean: the first that is pruned by default, else the first."""
+        """The layer that says what its dimensions mean: the first of a known type, else the first."""
         usual = [module for module in self.modules if isinstance(module, PRUNABLE_TYPES)]
         return (usual or list(self.modules))[0]
 

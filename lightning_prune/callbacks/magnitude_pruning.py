@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune._lightning import Callback, LightningModule, Trainer
+from lightning_prune._lightning import NAMESPACES, Callback, LightningModule, Trainer
 from lightning_prune.callbacks import _clock
 from lightning_prune.callbacks._events import emit
 from lightning_prune.errors import CheckpointError, ConfigurationError, StrategyError, near_matches
@@ -168,7 +168,7 @@ class MagnitudePruning(Callback):
             )
         if self._module is None or self._module() is not pl_module:
             self._reset()
-        if next(pl_module.parameters(), None) is not None:
+        if not _builds_late(pl_module):
             self._select(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -376,6 +376,11 @@ class MagnitudePruning(Callback):
             return f"sparsity{suffix}"
         globs = list(self.sparsity) if isinstance(self.sparsity, dict) else self.include
         return f"sparsity{suffix}/{','.join(globs)}"
+
+
+def _builds_late(pl_module: LightningModule) -> bool:
+    """Tell whether the user's module makes layers in `configure_model`, which runs after every `setup`."""
+    return not type(pl_module).configure_model.__module__.startswith(NAMESPACES)
 
 
 def _like(mask: Tensor, weight: Tensor) -> Tensor:

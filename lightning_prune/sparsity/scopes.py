@@ -138,7 +138,7 @@ def lamp(scores: Tensor) -> Tensor:
         tensor([0.3600, 1.0000])
     """
     squares = scores.reshape(-1).to(torch.float64).square()
-    ordered, order = squares.sort()
+    ordered, order = squares.sort(stable=True)
     left = ordered.flip(0).cumsum(0).flip(0)
     out = torch.empty_like(squares)
     out[order] = (ordered / left).nan_to_num(nan=0.0)

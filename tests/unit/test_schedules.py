@@ -25,8 +25,8 @@ def tfmot_polynomial_decay(step, begin, end, initial, final, power):
 
 
 def nni_agp(iteration, total, sparsity):
-    """NNI 2, AGPTaskGenerator: starts from 0."""
-    return sparsity + (0 - sparsity) * (1 - iteration / total) ** 3
+    """NNI 2, AGPTaskGenerator, for a target of `sparsity`."""
+    return (1 - (1 - iteration / total) ** 3) * sparsity
 
 
 def hubens_one_cycle(t, initial, final, alpha=14.0, beta=5.0):
