@@ -16,7 +16,8 @@ NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as _Base
-    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning import LightningModule as LightningModule
+    from pytorch_lightning import Trainer as Trainer
 else:
     LightningModule = Any
     Trainer = Any

@@ -1,0 +1,1 @@
+"""Lightning callbacks: when things happen, their state, and what is logged; no algorithm."""

@@ -152,9 +152,9 @@ def _untouched(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _screened(limit: int) -> Iterator[None]:
-    # The search has no bound of its own (it loops on cyclic index mappings), and `Group.add_dep` is the only
-    # place every step of it passes through.
+def _screened(members: int, width: int) -> Iterator[None]:
+    # The search has no bound of its own (it loops on cyclic index mappings, and multiplies indices at every
+    # reshape), and `Group.add_dep` is the only place every step of it passes through.
     from torch_pruning.dependency.group import Group as LibraryGroup
 
     original = getattr(LibraryGroup, "add_dep", None)
@@ -162,7 +162,7 @@ def _screened(limit: int) -> Iterator[None]:
         raise CompatibilityError("torch-pruning has no `Group.add_dep`; install torch-pruning 1.6.1.")
 
     def add_dep(self: Any, dep: Any, idxs: Any) -> None:
-        if len(self) > limit:
+        if len(self) > members or len(idxs) > width:
             raise _RunawayError
         original(self, dep, idxs)
 
@@ -177,6 +177,7 @@ def _search(module: nn.Module, graph: Any) -> Iterator[_Found]:
     names = {layer: name for name, layer in module.named_modules()}
     covered: set[nn.Module] = set()
     limit = max(200, _SCREEN * len(graph.module2node))
+    widest = max(size for parameter in module.parameters() for size in (*parameter.shape, 1))
     for name, root in module.named_modules():
         if not isinstance(root, _ROOTS) or root in covered or root not in graph.module2node:
             continue
@@ -187,7 +188,7 @@ def _search(module: nn.Module, graph: Any) -> Iterator[_Found]:
         channels = kind.width(root, "both" if kind.sides == ("both",) else "out")
         pruner = graph.get_pruner_of_module(root)
         try:
-            with _screened(limit):
+            with _screened(limit, widest):
                 group = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(channels)))
         except _RunawayError:
             yield _Found(name, channels, (), "its dependencies could not be followed to an end")

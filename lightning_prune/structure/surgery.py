@@ -48,24 +48,24 @@ class Change:
         return take(tensor, self.kept.get(name, ()))
 
 
-def take(tensor: Tensor, slices: Iterable[tuple[int, Tensor]]) -> Tensor:
+def take(tensor: Tensor, slices: Iterable[tuple[int, Tensor]], like: Tensor | None = None) -> Tensor:
     """Keep some positions of some dimensions of a tensor, in its memory format.
 
     Args:
         tensor: Any tensor.
         slices: `(dimension, kept positions)`.
+        like: The tensor whose memory format to take, by default `tensor` itself.
 
     Returns:
-        The smaller tensor; the same object when there is nothing to slice.
+        The smaller tensor; the same object when there is nothing to do.
 
     Example:
         >>> take(torch.arange(4).view(2, 2), [(0, torch.tensor([1]))])
         tensor([[2, 3]])
     """
+    like = tensor if like is None else like
     channels_last = (
-        tensor.dim() == 4
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-        and not tensor.is_contiguous()
+        like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     )
     for dim, kept in slices:
         tensor = tensor.index_select(dim, kept.to(tensor.device))
@@ -197,3 +197,17 @@ def plain(change: Change) -> dict[str, Any]:
         "kept": {name: [[dim, kept.tolist()] for dim, kept in cuts] for name, cuts in change.kept.items()},
         "attributes": {name: dict(values) for name, values in change.attributes.items()},
     }
+
+
+def from_plain(data: Mapping[str, Any]) -> Change:
+    """Read a change that `plain` wrote.
+
+    Example:
+        >>> from_plain({"kept": {"weight": [[0, [1]]]}, "attributes": {}}).kept
+        {'weight': ((0, tensor([1])),)}
+    """
+    kept = {
+        name: tuple((dim, torch.tensor(positions)) for dim, positions in cuts)
+        for name, cuts in data["kept"].items()
+    }
+    return Change(kept, data["attributes"])

@@ -194,25 +194,25 @@ def _silence(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tens
     for name, mask in stay.items():
         layer = module.get_submodule(name)
         if isinstance(layer, nn.LayerNorm):
-            layer.register_forward_hook(_masked_norm(mask, -1))
+            # Subclasses for (batch, channel, ...) inputs, as torchvision's, have a forward of their own.
+            dim = -1 if type(layer).forward is nn.LayerNorm.forward else 1
+            layer.register_forward_hook(_masked_norm(mask, dim, everywhere=False))
         elif isinstance(layer, nn.GroupNorm) and layer.num_groups == 1:
-            layer.register_forward_hook(_masked_norm(mask, 1))
+            layer.register_forward_hook(_masked_norm(mask, 1, everywhere=True))
 
 
-def _masked_norm(mask: Tensor, dim: int) -> Any:
-    """Replace a normalisation over channels by the same over the channels that stay."""
+def _masked_norm(mask: Tensor, dim: int, *, everywhere: bool) -> Any:
+    """Replace a normalisation over channels (or over all but the batch) by the same over what stays."""
 
     def hook(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         x = inputs[0].movedim(dim, -1)
-        spread = tuple(range(1, x.dim())) if dim == 1 else (-1,)
+        dims = tuple(range(1, x.dim())) if everywhere else (-1,)
         rows = x[..., mask]
-        mean = rows.mean(spread, keepdim=True)
-        scale = (rows.var(spread, unbiased=False, keepdim=True) + layer.eps).rsqrt()
-        y = (x - mean) * scale
-        if layer.weight is not None:
-            y = y * layer.weight
-        if getattr(layer, "bias", None) is not None:
-            y = y + layer.bias
+        y = (x - rows.mean(dims, keepdim=True)) * (
+            rows.var(dims, unbiased=False, keepdim=True) + layer.eps
+        ).rsqrt()
+        y = y if layer.weight is None else y * layer.weight
+        y = y if getattr(layer, "bias", None) is None else y + layer.bias
         masked: Tensor = y.movedim(-1, dim)
         return masked
 

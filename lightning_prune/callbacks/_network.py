@@ -1,0 +1,101 @@
+"""What structural pruning traces: the LightningModule, or the networks that its steps call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_prune._lightning import NAMESPACES, LightningModule, Trainer
+from lightning_prune.callbacks._inputs import example_inputs
+from lightning_prune.errors import TracingError
+from lightning_prune.structure.plan import Example
+
+MAKERS = (nn.modules.conv._ConvNd, nn.Linear)
+"""The kinds of layers that make channels."""
+
+
+class Networks(nn.Module):
+    """Some children of a module under their own names, run side by side on their own inputs.
+
+    Args:
+        module: Their parent.
+        names: Which children.
+    """
+
+    def __init__(self, module: nn.Module, names: Mapping[str, Any]) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, module.get_submodule(name))
+
+    def forward(self, calls: Mapping[str, Any]) -> dict[str, Any]:
+        """Run every child on its own arguments."""
+        return {name: self.get_submodule(name)(*args, **kwargs) for name, (args, kwargs) in calls.items()}
+
+
+def traced(module: nn.Module, calls: Mapping[str, Any] | None) -> nn.Module:
+    """Return what is traced: the module itself, or those of its children that are called."""
+    return module if calls is None else Networks(module, calls)
+
+
+def find(
+    trainer: Trainer, pl_module: LightningModule, explicit: Any, owner: str
+) -> tuple[dict[str, Any] | None, Example]:
+    """Find out what to trace, and with which inputs.
+
+    Args:
+        trainer: The running trainer.
+        pl_module: The LightningModule.
+        explicit: The user's own example input, or None.
+        owner: Who asks, for the error message.
+
+    Returns:
+        The calls of the module's children where it has no `forward` of its own, else None; and the inputs.
+
+    Raises:
+        TracingError: There are no inputs to be found.
+    """
+    if explicit is not None or has_forward(pl_module):
+        return None, example(*example_inputs(trainer, pl_module, None, explicit))
+    calls: dict[str, Any] = {}
+    for name, child in pl_module.named_children():
+        if any(isinstance(layer, MAKERS) for layer in child.modules()):
+            try:
+                calls[name] = example_inputs(trainer, pl_module, name)
+            except TracingError:
+                continue
+    if not calls:
+        raise TracingError(
+            f"{owner}: {type(pl_module).__name__} has no `forward`, and its steps call none of its networks; "
+            "define `forward`, or pass `example_input`."
+        )
+    return calls, example((calls,), {})
+
+
+def has_forward(pl_module: LightningModule) -> bool:
+    """Tell whether a LightningModule, or a class between it and Lightning's, defines `forward`."""
+    maker = next(base for base in type(pl_module).__mro__ if "forward" in vars(base))
+    return not maker.__module__.startswith(NAMESPACES)
+
+
+def example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+    """Cut a batch of inputs to two samples, and to one.
+
+    Example:
+        >>> import torch
+        >>> inputs = example((torch.zeros(8, 3),), {})
+        >>> inputs.args[0].shape, inputs.single[0][0].shape
+        (torch.Size([2, 3]), torch.Size([1, 3]))
+    """
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
+    sizes = {tensor.shape[0] for tensor in tensors}
+    if len(sizes) != 1:  # the batch dimension cannot be told
+        return Example(args, kwargs, (args, kwargs))
+    two, one = ((_first(args, n), _first(dict(kwargs), n)) for n in (2, 1))
+    return Example(*two, one)
+
+
+def _first(inputs: Any, count: int) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor[:count].clone() if tensor.dim() else tensor, inputs)

@@ -1,0 +1,314 @@
+"""Remove channels while training: when, state, logging. The algorithm is in `lightning_prune.structure`."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune._lightning import Callback, LightningModule, Trainer
+from lightning_prune.callbacks import _checkpoint_hooks, _clock, _network
+from lightning_prune.callbacks._averages import averaged_modules
+from lightning_prune.callbacks._events import emit
+from lightning_prune.callbacks._preflight import show
+from lightning_prune.errors import ConfigurationError, LightningPruneError, StrategyError, TracingError
+from lightning_prune.schedules import Schedule, Timeline
+from lightning_prune.selection import match_names
+from lightning_prune.structure import manifest
+from lightning_prune.structure.budget import Budget, Costs, check_search_arguments
+from lightning_prune.structure.groups import Group
+from lightning_prune.structure.importance import importance_named
+from lightning_prune.structure.optimizers import cuts_of, migrate
+from lightning_prune.structure.plan import Dense, Example, Recipe, foresee, measure, plan, survey
+from lightning_prune.structure.surgery import Change, apply, from_plain, plain
+
+_OWNER = "StructuralPruning"
+_DEFAULT_BUDGET = Budget(macs=0.5)
+_DEFAULT_SCHEDULE = Schedule()
+_SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+
+
+class StructuralPruning(Callback):
+    """Remove channels on a schedule until the network fits its budget, and let training follow.
+
+    Channels are really removed, at the start of an epoch (or of an optimizer step, if the schedule's
+    interval is `"step"`), so training gets cheaper. Layers that depend on each other are cut together; layers
+    that make the network's outputs are protected by themselves; whatever cannot be cut correctly is left
+    intact and named. Every cut is tried on a copy first. Optimizers, running averages, DDP, the compiler and
+    checkpoints follow, and Parameters stay the objects they are. A resumed run goes on exactly.
+
+    Args:
+        budget: How much of the dense network may remain.
+        schedule: When, and how fast. The level is absolute: at level `l` of the schedule
+            `1 - l * (1 - budget)` may remain.
+        importance: Which channels go first: `"magnitude"` (L2 over every layer a channel touches), `"l1"`, or
+            `"random"`.
+        scope: `"global"`: the least important channels anywhere; `"layer"`: every layer shrinks alike.
+        round_to: Widths become multiples of this. `"auto"`: of 16, 8 or 4, the largest that leaves a layer a
+            choice, because one channel more or less can make a layer several times slower.
+        max_ratio: The largest fraction of a layer's channels that may go.
+        include: Globs of the layers that may lose channels.
+        exclude: Globs of layers that keep theirs.
+        example_input: What the network is traced with: a shape (`[1, 3, 32, 32]`) or tensors; by default the
+            module's `example_input_array`, or what its own step passes to it for a real batch.
+
+    Raises:
+        ConfigurationError: An argument is wrong; what depends on the module, before training starts.
+
+    Example:
+        >>> StructuralPruning(Budget(macs=0.4), schedule=Schedule(end=0.6), exclude=["stem"]).budget.kind
+        'macs'
+    """
+
+    def __init__(
+        self,
+        budget: Budget = _DEFAULT_BUDGET,
+        *,
+        schedule: Schedule = _DEFAULT_SCHEDULE,
+        importance: str = "magnitude",
+        scope: str = "global",
+        round_to: int | str = "auto",
+        max_ratio: float = 0.9,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        example_input: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(budget, Budget):
+            raise ConfigurationError.of(_OWNER, "budget", "a Budget", budget, "write Budget(macs=0.5)")
+        if not isinstance(schedule, Schedule):
+            raise ConfigurationError.of(_OWNER, "schedule", "a Schedule", schedule, "write Schedule(end=0.5)")
+        check_search_arguments(scope, round_to, max_ratio)
+        importance_named(importance, _OWNER)
+        self.budget = budget
+        self.schedule = schedule
+        self.importance = importance
+        self.scope = scope
+        self.round_to = round_to
+        self.max_ratio = max_ratio
+        self.include = [include] if isinstance(include, str) else list(include)
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.example_input = example_input
+        self._reset()
+
+    # ------------------------------------------------------------------ state
+
+    def _reset(self) -> None:
+        self._level = 0.0
+        self._dense: Dense | None = None
+        self._history: list[dict[str, Any]] = []
+        self._skipped: dict[str, str] = {}
+        self._now: dict[str, float] = {}
+        self._widths: dict[str, int] = {}
+        self._calls: dict[str, Any] | None = None
+        self._example: Example | None = None
+        self._timeline: Timeline | None = None
+        self._module: weakref.ref[nn.Module] | None = None
+        self._log_due = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
+        return {**self.__dict__, "_module": None, "_example": None, "_calls": None}
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is asked, without the schedule."""
+        return Recipe(self.budget, self.importance, self.scope, self.round_to, self.max_ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return level, history and the dense network's widths and costs; plain data only."""
+        dense = self._dense
+        return {
+            "level": self._level,
+            "history": [dict(entry) for entry in self._history],
+            "dense": None if dense is None else {"widths": dict(dense.widths), "costs": dict(dense.costs)},
+            "widths": dict(self._widths),
+            "skipped": dict(self._skipped),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint left off; the structure itself comes with the module's own hooks."""
+        self._level = float(state_dict["level"])
+        self._history = [dict(entry) for entry in state_dict["history"]]
+        dense = state_dict["dense"]
+        self._dense = None if dense is None else Dense(dict(dense["widths"]), dict(dense["costs"]))
+        self._widths = dict(state_dict["widths"])
+        self._skipped = dict(state_dict["skipped"])
+
+    def pruning_summary(self) -> dict[str, Any]:
+        """Say what was done so far, as plain data for the report.
+
+        Returns:
+            `callback`, `config`, `history` (one entry for each cut), `layers` (channels of each group before
+            and after), `skipped` (`{layer: why it was left intact}`) and `dense` (costs before any cut).
+        """
+        dense = self._dense
+        before = {} if dense is None else dict(dense.widths)
+        return {
+            "callback": type(self).__name__,
+            "config": self._config(),
+            "history": [dict(entry) for entry in self._history],
+            "layers": [
+                {"name": name, "channels_before": width, "channels_after": self._widths.get(name, width)}
+                for name, width in before.items()
+            ],
+            "skipped": dict(self._skipped),
+            "dense": {} if dense is None else dict(dense.costs),
+        }
+
+    def _config(self) -> dict[str, Any]:
+        recipe = {**asdict(self.recipe), "budget": {self.budget.kind: self.budget.fraction}}
+        lists = {"include": list(self.include), "exclude": list(self.exclude)}
+        return {**recipe, "schedule": asdict(self.schedule), **lists}
+
+    # ------------------------------------------------------------------ hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the module's checkpoints carry its structure, and refuse what cannot work."""
+        if self._module is None or self._module() is not pl_module:
+            self._reset()
+            self._module = weakref.ref(pl_module)
+        if stage == "fit":
+            _check_strategy(trainer.strategy)
+            makers = [name for name, layer in pl_module.named_modules() if isinstance(layer, _network.MAKERS)]
+            if makers:
+                match_names(makers, self.include, self.exclude, _OWNER)
+        _checkpoint_hooks.install(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Trace the network, see whether the budget can be met, and show what it will come to."""
+        self._timeline = _clock.plan(trainer, pl_module, self.schedule)
+        self._calls, self._example = _network.find(trainer, pl_module, self.example_input, _OWNER)
+        network = _network.traced(pl_module, self._calls)
+        groups = survey(network, self._example, self._choose)
+        if self._dense is None:
+            self._dense = measure(network, groups, self._example)
+        self._take_stock(network, groups)
+        outlook = foresee(network, groups, self.recipe, self._dense, self._example)
+        if trainer.is_global_zero and trainer.progress_bar_callback is not None:
+            show(outlook, groups)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut if an event falls on this epoch, and log for those who monitor."""
+        self._advance(trainer, pl_module)
+        for name, value in self._now.items():
+            pl_module.log(name, value, on_step=False, on_epoch=True)
+        self._log_due = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Cut if an event falls on this optimizer step, and show what remains in the progress bar."""
+        self._advance(trainer, pl_module)
+        if self._log_due:
+            self._log_due = False
+            for name, value in self._now.items():
+                shown = name == self.budget.kind
+                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=shown)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind on a module that is as it was."""
+        _checkpoint_hooks.uninstall(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind; Lightning calls no teardown after an exception."""
+        _checkpoint_hooks.uninstall(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the manifest where the module's own hook is not there to do it."""
+        checkpoint[manifest.KEY] = manifest.to_checkpoint(pl_module)
+
+    # ------------------------------------------------------------------ cutting
+
+    def _choose(self, names: Iterable[str]) -> list[str]:
+        return match_names(names, self.include, self.exclude, _OWNER)
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._timeline is None:
+            return
+        level = self._timeline.level_at(_clock.now(trainer, pl_module, self._timeline.interval))
+        # What was reached stays reached: a second fit of the same module starts from a small network.
+        if level > self._level:
+            self._cut(trainer, pl_module, level)
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, level: float) -> None:
+        """Plan on rank 0, and cut the same on all ranks."""
+        change = self._plan(trainer, pl_module, level)
+        self._level = level
+        if change:
+            emit(trainer, "on_before_pruning", pl_module)
+            _follow(trainer, pl_module, change)
+        assert self._example is not None
+        network = _network.traced(pl_module, self._calls)
+        self._take_stock(network, survey(network, self._example, self._choose))
+        achieved, target = self._now[self.budget.kind], self.budget.fraction_at(level)
+        when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self._history.append({**when, "level": level, "target": target, "achieved": achieved})
+        self._log_due = True
+
+    def _plan(self, trainer: Trainer, pl_module: LightningModule, level: float) -> Change:
+        assert self._dense is not None
+        assert self._example is not None
+        message: Any = None
+        if trainer.is_global_zero:
+            network = _network.traced(pl_module, self._calls)
+            try:
+                groups = survey(network, self._example, self._choose)
+                message = plain(plan(network, groups, self.recipe, self._dense, level, self._example))
+            except LightningPruneError as error:
+                if trainer.world_size == 1:
+                    raise
+                message = str(error)
+        message = trainer.strategy.broadcast(message)
+        if isinstance(message, str):  # the other ranks would wait forever for a rank that only raised
+            raise TracingError(message)
+        return from_plain(message)
+
+    def _take_stock(self, network: nn.Module, groups: Sequence[Group]) -> None:
+        """Note what remains of the dense network, and what was left intact."""
+        assert self._dense is not None
+        assert self._example is not None
+        for kind in dict.fromkeys((self.budget.kind, "macs", "params")):
+            cost = Costs(network, groups, kind, *self._example.single)({})
+            self._now[kind] = cost / max(1.0, self._dense.costs[kind])
+        self._widths = {group.name: group.channels for group in groups}
+        self._skipped = {group.name: group.reason for group in groups if group.reason}
+
+
+def _follow(trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
+    """Cut the module, and let everything that holds something of its shape follow."""
+    cuts = cuts_of(pl_module, change)
+    averages = averaged_modules(trainer)
+    for module in (pl_module, *averages):
+        apply(module, change)
+    for optimizer in trainer.optimizers:
+        migrate(optimizer, cuts)
+    strategy = trainer.strategy
+    if type(strategy).__name__ == "DDPStrategy" and strategy.model is not strategy.lightning_module:
+        # The reducer was built for parameters of the old shapes.
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()  # type: ignore[attr-defined]
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # or the recompile limit is met after a few cuts
+    emit(trainer, "on_structure_change", pl_module, change)
+
+
+def _check_strategy(strategy: Any) -> None:
+    name = type(strategy).__name__
+    if name not in _SUPPORTED_STRATEGIES:
+        raise StrategyError(
+            f"{_OWNER}: {name} is not supported: it keeps parameters in shards or copies that cannot be cut. "
+            "Use one device, or strategy='ddp'."
+        )
+    if "MultiProcessing" in type(strategy.launcher).__name__:
+        raise StrategyError(
+            f"{_OWNER}: launchers that spawn or fork processes copy the trained weights back into the dense "
+            "module, which fails once channels are gone. Use strategy='ddp' in a script, without spawn."
+        )
