@@ -1,0 +1,188 @@
+"""What the subcommands of `lightning-prune` do, beyond Lightning's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from lightning_prune.callbacks import _network
+from lightning_prune.callbacks._preflight import show
+from lightning_prune.callbacks.edge_export import EdgeExport
+from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_prune.callbacks.structural_pruning import StructuralPruning
+from lightning_prune.cost import count_parameters
+from lightning_prune.deploy.files import write_whole
+from lightning_prune.deploy.profile import Profile, profile_files
+from lightning_prune.errors import BudgetError, ConfigurationError
+from lightning_prune.exporting import export
+from lightning_prune.report.protocol import with_profile
+from lightning_prune.report.results import Report, Variant
+from lightning_prune.report.table import print_table
+from lightning_prune.selection import match_names, select_weights
+from lightning_prune.structure.budget import widths
+from lightning_prune.structure.groups import Group
+from lightning_prune.structure.plan import Dense, foresee, measure, survey
+
+
+class Commands:
+    """Methods that a Trainer needs for LightningCLI to offer them as subcommands."""
+
+    callbacks: list[Any]
+    datamodule: Any
+
+    def export(
+        self,
+        model: Any,
+        datamodule: Any = None,
+        ckpt_path: str | None = None,
+        dirpath: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Export, quantize, evaluate and profile a trained network.
+
+        The config's `EdgeExport` says how; without one its defaults do.
+
+        Args:
+            model: The LightningModule.
+            datamodule: Gives validation and training data.
+            ckpt_path: The checkpoint to export, dense or pruned.
+            dirpath: Where the files go, instead of where the config's `EdgeExport` puts them.
+            weights_only: Has no effect: a checkpoint is always read so.
+        """
+        if ckpt_path is None:
+            raise ConfigurationError.of("export", "ckpt_path", "a checkpoint", None, "add --ckpt_path FILE")
+        how = next((c for c in self.callbacks if isinstance(c, EdgeExport)), None) or EdgeExport()
+        with Bar(transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def tell(stage: str, fraction: float) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=1.0)
+                bar.update(tasks[stage], completed=fraction)
+
+            report = export(
+                model,
+                dirpath or how.dirpath,
+                ckpt_path=ckpt_path,
+                datamodule=datamodule,
+                submodule=how.module,
+                quantize=how.quantize,
+                profile=how.profile,
+                baseline=how.baseline,
+                max_drop=how.max_drop,
+                progress=tell,
+            )
+        print_table(report)
+
+    def inspect(
+        self,
+        model: Any,
+        datamodule: Any = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show what structural and magnitude pruning could do, without training.
+
+        Args:
+            model: The LightningModule.
+            datamodule: Gives a batch to trace the network with, if it has no `example_input_array`.
+            ckpt_path: Has no effect: structure is shown before training.
+            weights_only: Has no effect.
+        """
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+            self.datamodule = datamodule
+        console = Console()
+        found = [c for c in self.callbacks if isinstance(c, StructuralPruning)]
+        for callback in found or [StructuralPruning()]:
+            _inspect_structure(self, model, callback, console)
+        chosen = [c for c in self.callbacks if isinstance(c, MagnitudePruning)]
+        for pruning in chosen or [MagnitudePruning()]:
+            _inspect_weights(model, pruning, console)
+
+
+def _inspect_structure(trainer: Any, model: Any, callback: StructuralPruning, console: Console) -> None:
+    calls, example = _network.find(trainer, model, callback.example_input, "inspect")
+    network = _network.traced(model, calls)
+    groups = survey(
+        network, example, lambda names: match_names(names, callback.include, callback.exclude, "inspect")
+    )
+    dense = measure(network, groups, example)
+    _show_groups(groups, dense, callback, console)
+    console.print(f"{count_parameters(model):,} parameters, {dense.costs['macs']:,.0f} MACs for one sample")
+    try:
+        show(foresee(network, groups, callback.recipe, dense, example), groups, console)
+    except BudgetError as error:
+        console.print(str(error), style="bold")
+
+
+def _show_groups(
+    groups: Sequence[Group], dense: Dense, callback: StructuralPruning, console: Console
+) -> None:
+    table = Table(title="Channel groups", title_justify="left")
+    for name in ("channels of", "channels", "can become", "layers cut together"):
+        table.add_column(name, justify="right" if name == "channels" else "left", overflow="fold")
+    for group in groups:
+        allowed = widths(group, dense.widths[group.name], callback.round_to, callback.max_ratio)
+        can = group.reason or ", ".join(map(str, allowed[:6])) + (", ..." if len(allowed) > 6 else "")
+        members = ", ".join(dict.fromkeys(member.module for member in group.members))
+        table.add_row(group.name, str(group.channels), can or "nothing smaller", members)
+    console.print(table)
+
+
+def _inspect_weights(model: Any, callback: MagnitudePruning, console: Console) -> None:
+    weights = select_weights(model, callback.include, callback.exclude, "inspect")
+    table = Table(title="Weights that MagnitudePruning selects", title_justify="left")
+    for name in ("weight", "shape", "parameters"):
+        table.add_column(name, justify="left" if name == "weight" else "right")
+    for name, weight in weights.items():
+        shape = " x ".join(map(str, weight.parameter.shape))
+        table.add_row(name, shape, f"{weight.parameter.numel():,}")
+    console.print(table)
+
+
+def profile(argv: Sequence[str]) -> None:
+    """Measure ONNX files side by side and print a table.
+
+    Args:
+        argv: The command line after `profile`.
+
+    Raises:
+        ConfigurationError: A file does not exist, or an option is out of range.
+        ProfileError: No file could be timed.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lightning-prune profile", description="Measure ONNX files side by side.")
+    parser.add_argument("files", nargs="+", type=str, help="the ONNX files; the first is the baseline")
+    parser.add_argument("--json", type=str, default=None, help="where to write the report as JSON as well")
+    parser.add_class_arguments(Profile)
+    options = parser.parse_args(list(argv)).as_dict()
+    files, target = [Path(name) for name in options.pop("files")], options.pop("json")
+    names = _names(files)
+    with Bar(transient=True) as bar:
+        task = bar.add_task("profile", total=1.0)
+
+        def tell(stage: str, fraction: float) -> None:
+            bar.update(task, description=stage, completed=fraction)
+
+        result = profile_files(dict(zip(names, files, strict=True)), Profile(**options), progress=tell)
+    variants = [
+        Variant(name, file=file.name, bytes=file.stat().st_size)
+        for name, file in zip(names, files, strict=True)
+    ]
+    report = with_profile(Report(variants=tuple(variants)), result)
+    print_table(report)
+    if target:
+        write_whole(target, report.to_json().encode())
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    stems = [file.stem for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]

@@ -1,0 +1,25 @@
+import lightning_prune
+
+EXPECTED = {
+    "Budget",
+    "EdgeExport",
+    "MagnitudePruning",
+    "Profile",
+    "PrunedLoading",
+    "Quantize",
+    "Schedule",
+    "StructuralPruning",
+    "__version__",
+    "export",
+    "load_pruned",
+}
+
+
+def test_public_names_are_exactly_these():
+    assert set(lightning_prune.__all__) == EXPECTED
+    assert all(hasattr(lightning_prune, name) for name in EXPECTED)
+
+
+def test_public_classes_and_functions_say_what_they_do():
+    undocumented = [n for n in EXPECTED - {"__version__"} if not getattr(lightning_prune, n).__doc__]
+    assert undocumented == []
