@@ -66,6 +66,23 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Operator:
+    """The time of all nodes of one operator type.
+
+    Attributes:
+        op: The type, such as `"Conv"`.
+        ms: Milliseconds in one run.
+        share: Fraction of the run.
+        count: How many nodes.
+    """
+
+    op: str
+    ms: float
+    share: float
+    count: int
+
+
+@dataclass(frozen=True)
 class Variant:
     """One file of an export and all that was measured on it.
 
@@ -82,7 +99,7 @@ class Variant:
         latency_ms: How long one run takes.
         peak_memory_bytes: Peak resident memory of a fresh process that runs this file, less its imports.
         energy_mj: Millijoules of one run, from a sensor; None without one.
-        operators: Where the time goes: `{"op", "ms", "share", "count"}`, the slowest first.
+        operators: Where the time goes, the slowest first.
         quantization: What the quantizer did, such as fusion coverage.
         missing: Why a value above is None: `{"energy_mj": "no sensor"}`.
     """
@@ -99,12 +116,14 @@ class Variant:
     latency_ms: Latency | None = None
     peak_memory_bytes: int | None = None
     energy_mj: float | None = None
-    operators: tuple[Mapping[str, Any], ...] = ()
+    operators: tuple[Operator, ...] = ()
     quantization: Mapping[str, Any] | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Turn the free-form fields into plain JSON data; a metric that is not a number has a reason."""
+        rows = tuple(Operator(**row) if isinstance(row, Mapping) else row for row in self.operators)
+        object.__setattr__(self, "operators", rows)
         _make_plain(self)
         unknown = [key for key, value in self.metrics.items() if value is None]
         reasons = {f"metrics.{key}": "not a finite number" for key in unknown}

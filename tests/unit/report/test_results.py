@@ -12,64 +12,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
+from report_data import reports
 
 import lightning_prune
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.report.results import Interval, Latency, Measurement, Report, Variant
-
-finite = st.floats(allow_nan=False, allow_infinity=False)
-positive = st.floats(1e-6, 1e6)
-counts = st.none() | st.integers(0, 2**62)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-mappings = st.dictionaries(st.text(), json_values, max_size=4)
-intervals = st.builds(Interval, positive, positive, positive)
-latencies = st.builds(
-    Latency,
-    p50=positive,
-    p90=st.none() | positive,
-    p99=st.none() | positive,
-    mean=positive,
-    runs=st.integers(1, 10**6),
-    min=st.none() | positive,
-    speedup=st.none() | intervals,
-    speedup_min=st.none() | positive,
-)
-variants = st.builds(
-    Variant,
-    name=st.text(),
-    file=st.text(),
-    bytes=counts,
-    macs=counts,
-    metrics=st.dictionaries(st.text(), st.none() | st.floats(), max_size=3),
-    parity=st.none() | mappings,
-    latency_ms=st.none() | latencies,
-    energy_mj=st.none() | finite,
-    operators=st.lists(mappings, max_size=2).map(tuple),
-    missing=st.dictionaries(st.text(), st.text(), max_size=2),
-)
-measurements = st.builds(
-    Measurement,
-    label=st.text(),
-    latency_ms=st.dictionaries(st.text(), latencies, max_size=2),
-    peak_memory_bytes=st.dictionaries(st.text(), st.integers(0), max_size=2),
-    environment=mappings,
-    noisy=st.none() | st.booleans(),
-    reason=st.none() | st.text(),
-)
-reports = st.builds(
-    Report,
-    variants=st.lists(variants, max_size=3, unique_by=lambda v: v.name).map(tuple),
-    environment=mappings,
-    pruning=mappings,
-    warnings=st.lists(st.text(), max_size=3).map(tuple),
-    measurements=st.lists(measurements, max_size=2).map(tuple),
-    title=st.text(),
-)
+from lightning_prune.report.results import Latency, Report, Variant
 
 
 @given(reports)

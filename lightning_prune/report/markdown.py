@@ -1,0 +1,112 @@
+"""The report as Markdown, for a pull request or a wiki."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from lightning_prune.report import text
+from lightning_prune.report.layers import layer_table
+from lightning_prune.report.measures import missing, rows
+from lightning_prune.report.observations import remarks
+from lightning_prune.report.protocol import profile_sentence
+from lightning_prune.report.results import Report
+from lightning_prune.report.surroundings import environment_rows
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")
+
+
+def render_markdown(report: Report) -> str:
+    """Return the report as GitHub-flavoured Markdown.
+
+    Args:
+        report: What to show; names and messages in it are escaped.
+
+    Returns:
+        The text, with a final newline.
+
+    Example:
+        >>> from lightning_prune.report.results import Variant
+        >>> print(render_markdown(Report((Variant("dense", bytes=2000),), title="Net")).splitlines()[0])
+        # Net: edge report
+    """
+    parts = [f"# {escape(report.title)}: edge report" if report.title else "# Edge report"]
+    if report.created:
+        parts.append(f"Made on {escape(report.created)}.")
+    said = remarks(report)
+    if said:
+        parts.append("\n".join(f"> **Note:** {escape(sentence)}\n>" for sentence in said).removesuffix("\n>"))
+    parts.append(_variants(report))
+    notes = [sentence for sentence in (profile_sentence(report), *missing(report)) if sentence]
+    parts.extend(escape(sentence) for sentence in notes)
+    parts.extend(_operators(report))
+    parts.extend(_columns(report))
+    parts.extend(_layers(report))
+    parts.append("## Environment")
+    parts.append(table(["", ""], environment_rows(report)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def escape(words: object) -> str:
+    r"""Return text that Markdown shows as it is, on one line.
+
+    Example:
+        >>> print(escape("a|b_c"))
+        a\|b\_c
+    """
+    return _SPECIAL.sub(r"\\\1", " ".join(str(words).split()))
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], right: bool = False) -> str:
+    """Return a Markdown table; cells are escaped, the columns after the first may be set right."""
+    rule = ["---", *["---:" if right else "---"] * (len(header) - 1)]
+    body = [[escape(cell) for cell in line] for line in (header, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (body[0], rule, *body[1:]))
+
+
+def _variants(report: Report) -> str:
+    lines = []
+    for row in rows(report):
+        cells = [f"{c.value} ({c.compared})" if c.compared else c.value for c in row.cells]
+        lines.append([row.measure.title, *cells])
+    return table(["", *(variant.name for variant in report.variants)], lines, right=True)
+
+
+def _operators(report: Report) -> list[str]:
+    parts = []
+    for variant in report.variants:
+        if variant.operators:
+            lines = [
+                [row.op, str(row.count), text.milliseconds(row.ms), text.percent(row.share)]
+                for row in variant.operators
+            ]
+            parts += [
+                f"### {escape(variant.name)}",
+                table(["Operator", "Nodes", "Time a run", "Share"], lines, right=True),
+            ]
+    return ["## Where the time goes", *parts] if parts else []
+
+
+def _columns(report: Report) -> list[str]:
+    if not report.measurements:
+        return []
+    lines = []
+    for column in report.measurements:
+        cells = []
+        for variant in report.variants:
+            latency = column.latency_ms.get(variant.name)
+            cells.append(text.milliseconds(latency.p50) if latency else column.reason or "–")
+        lines.append([column.label, *cells])
+    header = ["p50", *(variant.name for variant in report.variants)]
+    return ["## Other engines and devices", table(header, lines, right=True)]
+
+
+def _layers(report: Report) -> list[str]:
+    found = layer_table(report)
+    if not found:
+        return []
+    lines = []
+    for layer in found:
+        channels = "" if layer.channels is None else f"{layer.channels[1]:,} of {layer.channels[0]:,}"
+        lines.append([layer.name, channels, "" if layer.zeros is None else text.percent(layer.zeros)])
+    return ["## Layers", table(["Layer", "Channels kept", "Zeros"], lines, right=True)]
