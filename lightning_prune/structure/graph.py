@@ -216,6 +216,8 @@ def _members(
         if isinstance(target, nn.Parameter):
             dim = node.pruning_dim % target.dim()
             side, label, width = f"dim {dim}", graph._param_to_name[target], target.shape[dim]
+        elif isinstance(target, nn.PReLU) and target.num_parameters == 1:
+            continue  # one slope for all channels
         elif target in names:
             kind, label = layer_of(target), names[target]
             if kind is None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.cost import eager, eval_mode
+from lightning_prune.cost import eager
 from lightning_prune.structure.graph import leaves_of
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.layers import layer_of
+from lightning_prune.structure.modes import modes, running
 from lightning_prune.structure.surgery import apply, change_for, get_tensor
 
 TOLERANCE = 1e-5
@@ -144,13 +145,16 @@ def _error(
     cut = copy.deepcopy(reference)
     apply(cut, change_for(cut, groups, kept))
     _silence(reference, groups, kept)
-    with eval_mode(reference), eval_mode(cut):
-        # Every run starts from the same random state, for networks that draw numbers even in eval mode.
-        torch.manual_seed(0)
-        expected = reference(*args, **kwargs)
-        torch.manual_seed(0)
-        actual = cut(*args, **kwargs)
-    return _distance(expected, actual)
+    worst = 0.0
+    for training in modes(reference, args, kwargs):
+        with running(reference, training), running(cut, training):
+            # Every run starts from the same random state, for networks that draw numbers even in eval mode.
+            torch.manual_seed(0)
+            expected = reference(*args, **kwargs)
+            torch.manual_seed(0)
+            actual = cut(*args, **kwargs)
+        worst = max(worst, _distance(expected, actual))
+    return worst
 
 
 def _distance(expected: Any, actual: Any) -> float:
