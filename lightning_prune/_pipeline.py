@@ -78,8 +78,6 @@ def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:
     tell(f"export {name}", 0.0)
     module: Any = task.modules[name]
     module.cpu().float().eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
     target = submodule(module, task.submodule, "export")
     calls = example_calls(module, task.submodule, task.data)
     exported = export_onnx(target, stage / f"{name}.onnx", *calls[0])

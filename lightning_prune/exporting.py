@@ -12,7 +12,7 @@ import torch
 from lightning_prune._lightning import LightningModule
 from lightning_prune._pipeline import Progress, run
 from lightning_prune._task import Data, Task
-from lightning_prune.deploy.capture import submodule as find_submodule
+from lightning_prune.deploy.calls import submodule as find_submodule
 from lightning_prune.deploy.evaluate import quiet_lightning
 from lightning_prune.deploy.files import check_writable
 from lightning_prune.deploy.profile import Profile

@@ -57,6 +57,8 @@ def evaluate_file(
     name = exported.path.name
     with untouched_rng(), torch.inference_mode(False):
         stand_in = copy.deepcopy(pl_module).cpu().float()
+        # Lightning's `log` remembers its metrics by the identity of the original's, and has no way to forget.
+        stand_in._metric_attributes = None
         _keep_metrics_local(stand_in)
         target = submodule(stand_in, module_name)
         function = OnnxModule(exported.path, exported.interface)

@@ -64,8 +64,8 @@ def export_onnx(
 ) -> Exported:
     """Write a module as one ONNX file with a dynamic batch.
 
-    The module is put into eval mode; give a copy. The first axis of every tensor whose size there is that of
-    the first tensor's is the batch.
+    The module is put into eval mode and its parameters are frozen; give a copy. The first axis of every
+    tensor whose size there is that of the first tensor's is the batch.
 
     Args:
         module: The module, on the CPU, in float32.
@@ -90,7 +90,7 @@ def export_onnx(
         import onnxscript  # noqa: F401 (the exporter needs it; better to say so now)
     except ImportError as error:
         raise MissingDependencyError.of(error.name or "onnx", "ONNX export", "lightning-prune") from error
-    module.eval()
+    module.eval().requires_grad_(False)
     args, kwargs = with_batch_of_two(args, dict(kwargs or {}))
     interface = Interface.of(module, args, kwargs)
     tensors = interface.tensors(args, kwargs)
@@ -99,6 +99,7 @@ def export_onnx(
     proto = _traced(flat, tuple(tensors), shapes, opset)
     rename(proto.graph, list(interface.inputs.names), list(interface.outputs.names))
     interface = interface.keeping([i.name for i in proto.graph.input])
+    _check_axes(proto.graph, dict(zip(interface.inputs.names, shapes, strict=True)))
     strip(proto)
     for key, value in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=value)
@@ -156,6 +157,20 @@ def _dynamic_shapes(
             axes.setdefault(0, "batch")
         shapes.append({axis: dims.setdefault(label, torch.export.Dim(label)) for axis, label in axes.items()})
     return tuple(shapes)
+
+
+def _check_axes(graph: Any, wanted: Mapping[str, Mapping[int, Any]]) -> None:
+    # torch 2.13 can turn an axis into a constant without a word: the time of an LSTM, in every export of a
+    # process but the first.
+    for item in graph.input:
+        sizes = item.type.tensor_type.shape.dim
+        for axis in wanted[item.name]:
+            if not sizes[axis].dim_param:
+                raise ExportError(
+                    f"Axis {axis} of input {item.name!r} became the constant {sizes[axis].dim_value} in the "
+                    "export: the network computes with its size as a number. (With an LSTM or GRU, torch "
+                    "keeps an open time axis only in the first export of a process.)"
+                )
 
 
 def _traced(flat: _Flat, tensors: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...], opset: int) -> Any:

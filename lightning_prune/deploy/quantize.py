@@ -201,7 +201,7 @@ def _matching(source: Path, globs: Sequence[str]) -> list[str]:
         ]
         if not hits:
             raise QuantizationError(
-                f"Quantize: `exclude` has {pattern!r}, which matches no layer; "
+                f"Quantize: `exclude` has {pattern!r}, which matches no layer. "
                 + near_matches(pattern, sorted(set(layers.values())))
             )
         found += hits

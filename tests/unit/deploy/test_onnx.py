@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from deploy_networks import TwoInputs
+from onnx import numpy_helper
+from torch import nn
+
+from lightning_prune.deploy.onnx import OPSET, export_onnx, with_batch_of_two
+from lightning_prune.deploy.parity import check_parity
+from lightning_prune.deploy.runtime import OnnxModule
+from lightning_prune.deploy.weights import count_weights
+from lightning_prune.errors import EvaluationError, ExportError, OutputError, ParityError, TracingError
+
+
+def session(path):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def test_inputs_and_outputs_are_named_after_arguments_and_keys(two_inputs):
+    _, exported = two_inputs
+    file = session(exported.path)
+    assert [i.name for i in file.get_inputs()] == ["image", "meta"]
+    assert [o.name for o in file.get_outputs()] == ["logits", "aux_0", "aux_1"]
+    assert {i.shape[0] for i in file.get_inputs()} == {"batch"}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_onnxruntime_gives_what_pytorch_gives_at_every_batch_size(two_inputs, batch):
+    net, exported = two_inputs
+    image, meta = torch.randn(batch, 3, 8, 8), torch.randn(batch, 2)
+    with torch.no_grad():
+        expected = net(image, meta)
+    got = session(exported.path).run(None, {"image": image.numpy(), "meta": meta.numpy()})
+    np.testing.assert_allclose(got[0], expected["logits"].numpy(), atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(got[1], expected["aux"][0].numpy(), atol=1e-5, rtol=1e-4)
+    assert np.array_equal(got[2], expected["aux"][1].numpy())
+
+
+def test_the_file_can_be_called_like_the_module(two_inputs):
+    net, exported = two_inputs
+    function = OnnxModule(exported.path, exported.interface)
+    image, meta = torch.randn(3, 3, 8, 8), torch.randn(3, 2)
+    got, expected = function(image, meta=meta), net(image, meta)
+    assert set(got) == {"logits", "aux"}
+    assert isinstance(got["aux"], tuple)
+    torch.testing.assert_close(got["logits"], expected["logits"].detach(), atol=1e-5, rtol=1e-4)
+    assert function.calls == 1
+
+
+def test_a_call_of_another_structure_is_an_error(two_inputs):
+    _, exported = two_inputs
+    function = OnnxModule(exported.path, exported.interface)
+    image, meta = torch.randn(3, 3, 8, 8), torch.randn(3, 2)
+    with pytest.raises(EvaluationError, match="meta=None"):
+        function(image)
+    with pytest.raises(EvaluationError, match=r"scale=2\.0"):
+        function(image, meta, scale=2.0)
+
+
+def test_the_file_holds_nothing_of_the_source(two_inputs):
+    _, exported = two_inputs
+    data = exported.path.read_bytes()
+    for text in (b".py", b"TwoInputs", b"networks", b"torch.nn", b"site-packages", b"/home", b"stack_trace"):
+        assert text not in data, text
+    graph = onnx.load(str(exported.path)).graph
+    assert not {v.name for v in graph.value_info} & {i.name for i in graph.initializer}
+    assert {"stem.weight", "body.weight", "head.bias"} <= {i.name for i in graph.initializer}
+
+
+def test_there_is_one_file_of_the_stated_opset_with_the_metadata(two_inputs):
+    _, exported = two_inputs
+    proto = onnx.load(str(exported.path))
+    assert [p.name for p in exported.path.parent.iterdir()] == ["net.onnx"]
+    assert {o.domain: o.version for o in proto.opset_import}[""] == exported.opset == OPSET
+    assert {p.key: p.value for p in proto.metadata_props} == {"note": "rgb"}
+
+
+def test_an_opset_that_the_exporter_does_not_give_is_an_error(tmp_path):
+    with pytest.raises(ExportError, match=r"[Oo]pset 12 was asked for and the exporter wrote"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 2),), opset=12)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_is_checked_whole_at_two_and_at_one(two_inputs):
+    net, exported = two_inputs
+    calls = [((torch.randn(n, 3, 8, 8),), {"meta": torch.randn(n, 2)}) for n in (5, 3)]
+    parity = check_parity(net, exported, calls)
+    assert parity["batches"] == [5, 2, 1, 3]
+    assert 0 <= parity["max_rel"] < 1e-4
+    assert parity["tolerance"] == {"absolute": 1e-5, "relative": 1e-4}
+
+
+def test_a_file_that_differs_from_pytorch_is_an_error(two_inputs, tmp_path):
+    net, exported = two_inputs
+    proto = onnx.load(str(exported.path))
+    for item in proto.graph.initializer:
+        if item.name == "head.bias":
+            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item) + 0.01, item.name))
+    wrong = replace(exported, path=tmp_path / "wrong.onnx")
+    onnx.save(proto, str(wrong.path))
+    calls = [((torch.randn(2, 3, 8, 8),), {"meta": torch.randn(2, 2)})]
+    with pytest.raises(ParityError, match="'logits' differs"):
+        check_parity(net, wrong, calls)
+    assert check_parity(net, wrong, calls, strict=False)["max_abs"] == pytest.approx(0.01, rel=0.01)
+
+
+def test_a_nan_on_one_side_only_is_a_difference(two_inputs):
+    net, exported = two_inputs
+
+    class Broken(nn.Module):
+        def forward(self, image, meta=None, *, scale: float = 1.0):
+            result = net(image, meta)
+            return {**result, "logits": result["logits"] / 0 * 0}
+
+    calls = [((torch.randn(2, 3, 8, 8),), {"meta": torch.randn(2, 2)})]
+    with pytest.raises(ParityError, match="inf"):
+        check_parity(Broken(), exported, calls)
+
+
+@dataclass
+class Result:
+    first: torch.Tensor
+    second: torch.Tensor | None = None
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class Odd(nn.Module):
+    """Passes an input through, ignores another, takes a nest, returns a dataclass in a tuple."""
+
+    def forward(self, pair, ignored, flags):
+        total = pair.left + pair.right
+        return Result(total * 2), Pair(pair.left, total.sum()), {"flag": flags["on"], "input": total}
+
+
+def test_nests_of_every_kind_go_in_and_come_out(tmp_path):
+    def call(n):
+        return (Pair(torch.randn(n, 2), torch.randn(n, 2)), torch.randn(n, 5), {"on": True}), {}
+
+    args, kwargs = call(2)
+    exported = export_onnx(Odd(), tmp_path / "odd.onnx", args, kwargs)
+    names = [i.name for i in session(exported.path).get_inputs()]
+    assert names[:2] == ["pair_left", "pair_right"]
+    got, expected = OnnxModule(exported.path, exported.interface)(*(c := call(4)[0])), Odd()(*c)
+    assert isinstance(got[0], Result)
+    assert got[0].second is None
+    assert torch.equal(got[0].first, expected[0].first)
+    assert torch.equal(got[1].left, expected[1].left)
+    assert torch.allclose(got[1].right, expected[1].right)
+    assert got[2]["flag"] is True
+    check_parity(Odd(), exported, [call(3)])
+
+
+SPEECH = """
+    import sys
+    import torch
+    from pathlib import Path
+    from torch import nn
+    from lightning_prune.deploy.onnx import export_onnx
+    from lightning_prune.deploy.parity import check_parity
+    from lightning_prune.errors import ExportError
+
+    class Speech(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 6, batch_first=True, bidirectional=True)
+            self.out = nn.Linear(12, 3)
+
+        def forward(self, x, hidden=None):
+            return self.out(self.rnn(x, hidden)[0])
+
+    torch.manual_seed(0)
+    path, axes = Path(sys.argv[1]), {"x": {1: "time"}}
+    exported = export_onnx(Speech(), path, (torch.randn(2, 5, 4),), dynamic_axes=axes)
+    torch.manual_seed(0)
+    calls = [((torch.randn(3, 9, 4),), {}), ((torch.randn(2, 2, 4),), {})]
+    parity = check_parity(Speech().eval(), exported, calls)
+    assert parity["max_rel"] < 1e-4, parity
+    print(parity["batches"])
+    try:
+        export_onnx(Speech(), path.with_name("again.onnx"), (torch.randn(2, 5, 4),), dynamic_axes=axes)
+        print("torch keeps the axis now: drop the remark in _check_axes")
+    except ExportError as error:
+        print(error)
+"""
+
+
+def test_a_recurrent_network_with_an_open_time_axis(tmp_path):
+    """In a process of its own, because torch 2.13 keeps the axis in the first export only."""
+    command = [sys.executable, "-c", textwrap.dedent(SPEECH), str(tmp_path / "s.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    batches, again = done.stdout.splitlines()
+    assert batches == "[3, 2, 1, 2]"
+    assert "Axis 1 of input 'x' became the constant 5" in again
+    assert session(tmp_path / "s.onnx").get_inputs()[0].shape == ["batch", "time", 4]
+
+
+def test_an_unknown_dynamic_axis_names_the_inputs(tmp_path):
+    with pytest.raises(TracingError, match=r"'y'.*there are: input"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 2),), dynamic_axes={"y": {1: "t"}})
+
+
+def test_a_module_that_fails_on_its_example_says_so(tmp_path):
+    with pytest.raises(TracingError, match="Linear fails on its example input"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 3),))
+
+
+def test_a_path_that_depends_on_values_cannot_be_exported(tmp_path):
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(ExportError, match=r"Branch cannot be exported to ONNX.*module='"):
+        export_onnx(Branch(), tmp_path / "x.onnx", (torch.ones(2, 3),))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_without_tensors_in_its_result_is_an_error(tmp_path):
+    class Number(nn.Module):
+        def forward(self, x):
+            return 3
+
+    with pytest.raises(TracingError, match="returns no tensor"):
+        export_onnx(Number(), tmp_path / "x.onnx", (torch.ones(2, 3),))
+
+
+def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "file" / "x.onnx", (torch.ones(1, 2),))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_example_batch_becomes_two(size):
+    args, kwargs = with_batch_of_two((torch.ones(size, 3), torch.ones(7)), {"m": torch.ones(size)})
+    assert args[0].shape == (2, 3)
+    assert args[1].shape == (7,)
+    assert kwargs["m"].shape == (2,)
+
+
+def test_weights_are_counted_as_pytorch_counts_them(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)).eval()
+    with torch.no_grad():
+        net[0].weight[:2] = 0
+    exported = export_onnx(net, tmp_path / "x.onnx", (torch.ones(2, 1, 4, 4),))
+    total = sum(p.numel() for p in net.parameters())
+    nonzero = sum(int((p != 0).sum()) for p in net.parameters())
+    assert count_weights(exported.path) == (total, nonzero)
+
+
+def test_two_exports_of_one_network_are_the_same_bytes(tmp_path):
+    torch.manual_seed(0)
+    net = TwoInputs().eval()
+    call = ((torch.randn(2, 3, 8, 8),), {"meta": torch.randn(2, 2)})
+    one = export_onnx(net, tmp_path / "a.onnx", *call).path.read_bytes()
+    assert export_onnx(net, tmp_path / "b.onnx", *call).path.read_bytes() == one
