@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from lightning_prune.errors import CheckpointError, ConfigurationError
 from lightning_prune.structure import manifest
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_LOCK = threading.Lock()
 
 
 class PrunedLoading:
@@ -71,17 +77,68 @@ def load_pruned(module_class: type[ModuleT], path: str | Path, **kwargs: Any) ->
         raise ConfigurationError.of(
             "load_pruned", "module_class", "the class of a LightningModule", module_class
         )
-    if not Path(path).is_file():
-        raise CheckpointError(f"load_pruned: there is no file {str(path)!r}.")
-    loading = type(
-        module_class.__name__, (PrunedLoading, module_class), {"__module__": module_class.__module__}
-    )
     kwargs.setdefault("weights_only", True)
-    try:
-        module = loading.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
-    except (KeyError, EOFError, AttributeError) as error:
-        raise CheckpointError(f"load_pruned: {str(path)!r} is no Lightning checkpoint: {error!r}.") from error
-    # The class with the hook is a means to load; what the user gets is theirs.
-    module.__class__ = module_class
+    checkpoint = read_checkpoint(path)
+    with _reshaping(_class_of(checkpoint, module_class)):
+        module = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
     assert isinstance(module, module_class)
     return module
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint without unpickling anything but tensors and plain values.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, on the CPU.
+
+    Raises:
+        CheckpointError: It is no such file.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"There is no checkpoint {str(path)!r}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {error}"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'.")
+    return checkpoint
+
+
+def _class_of(checkpoint: dict[str, Any], module_class: type) -> type:
+    """The class that Lightning will make: the one LightningCLI noted, where that is a subclass."""
+    named = (checkpoint.get("hyper_parameters") or {}).get("_class_path")
+    module, _, name = str(named).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) and issubclass(found, module_class) else module_class
+
+
+@contextmanager
+def _reshaping(module_class: Any) -> Iterator[None]:
+    """Let the instances that a class makes meanwhile reshape themselves as they are loaded.
+
+    An instance cannot be reached between its making and the strict load of its weights, but its class can.
+    """
+    own = vars(module_class).get("on_load_checkpoint")
+    usual = module_class.on_load_checkpoint
+
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        structure = manifest.from_checkpoint(checkpoint)
+        if structure is not None:
+            manifest.reshape(self, structure)
+        usual(self, checkpoint)
+
+    with _LOCK:
+        module_class.on_load_checkpoint = on_load_checkpoint
+        try:
+            yield
+        finally:
+            if own is None:
+                del module_class.on_load_checkpoint
+            else:
+                module_class.on_load_checkpoint = own
