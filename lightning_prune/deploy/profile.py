@@ -20,6 +20,7 @@ from lightning_prune.deploy._profile_run import ChildError, Entries, Job, run_ch
 from lightning_prune.deploy.energy import find_counters
 from lightning_prune.deploy.environment import environment
 from lightning_prune.deploy.latency import RUNS_FOR_P90, RUNS_FOR_P99, is_noisy, speedup, summarize
+from lightning_prune.deploy.roofline import measure_peak
 from lightning_prune.errors import ConfigurationError, ProfileError
 
 ENGINES = ("onnxruntime", "openvino")
@@ -42,6 +43,7 @@ class Profile:
         operators: Whether to add up the time by operator, in a run of its own.
         engine: `"onnxruntime"`, or `"openvino"` (extra `[openvino]`; no times by operator).
         dims: Sizes of open dimensions other than the batch, for random inputs: `{"time": 100}`.
+        roofline: Whether to measure the machine's peak multiply-accumulates a second too, to compare with.
 
     Raises:
         ConfigurationError: A value is out of range.
@@ -58,6 +60,7 @@ class Profile:
     operators: bool = True
     engine: str = "onnxruntime"
     dims: dict[str, int] = field(default_factory=dict)
+    roofline: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be measured with."""
@@ -139,7 +142,7 @@ def profile_files(
     job = Job(config.engine, config.threads, config.batch, dict(config.dims), config.rounds, _arrays(inputs))
     tell = progress or (lambda stage, fraction: None)
     started = time.monotonic()
-    apart = _START_SECONDS * len(paths) * (2 if config.operators else 1)
+    apart = _START_SECONDS * (len(paths) * (2 if config.operators else 1) + 2 * config.roofline)
     seconds = max(config.max_seconds - apart, config.max_seconds * 0.5)
     timed, failed = _time_all(job, paths, seconds, tell)
     measured = {}
@@ -150,6 +153,8 @@ def profile_files(
         measured[name] = {} if name in failed else _measure_apart(job, str(path), config.operators, share)
     tell("memory and operators", 1.0)
     protocol = _protocol(config, timed, list(paths), job.inputs is not None)
+    if config.roofline:
+        protocol["peak_gmacs"] = measure_peak(job)
     protocol["total_seconds"] = round(time.monotonic() - started, 2)
     return ProfileResult(
         files={name: _file_profile(name, timed, failed, measured[name], protocol) for name in paths},

@@ -96,7 +96,32 @@ def measures(report: Report) -> tuple[Measure, ...]:
 def rows(report: Report) -> tuple[Row, ...]:
     """Return every measure with its value and its comparison to the baseline, for every variant."""
     base = report.baseline
-    return tuple(Row(m, tuple(cell(m, v, base) for v in report.variants)) for m in measures(report))
+    found = [Row(m, tuple(cell(m, v, base) for v in report.variants)) for m in measures(report)]
+    throughput = _throughput(report)
+    return (*found, throughput) if throughput else tuple(found)
+
+
+def _throughput(report: Report) -> Row | None:
+    """Return multiply-accumulates a second, beside the peak of this machine for the same kind of number."""
+    peak = report.profile.get("peak_gmacs") or {}
+    batch = report.profile.get("batch") or 1
+    cells = []
+    for variant in report.variants:
+        if variant.macs is None or variant.latency_ms is None:
+            cells.append(Cell(DASH, reason="MACs or latency are not known"))
+            continue
+        speed = variant.macs * batch / (variant.latency_ms.p50 * 1e6)
+        best = peak.get("int8" if is_int8(variant) else "float32")
+        shown = f"{text.digits(speed)} G/s"
+        cells.append(Cell(text.percent(speed / best, 0), shown) if best else Cell(shown))
+    if all(item.value == DASH for item in cells):
+        return None
+    return Row(Measure("throughput", "Of peak MACs/s", lambda v: None, text.digits), tuple(cells))
+
+
+def is_int8(variant: Variant) -> bool:
+    """Tell whether a variant computes in int8."""
+    return variant.quantization is not None or variant.name.endswith((".int8", "_int8", "-int8"))
 
 
 def cell(measure: Measure, variant: Variant, baseline: Variant | None) -> Cell:

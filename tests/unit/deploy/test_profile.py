@@ -16,7 +16,7 @@ from lightning_prune.deploy._profile_run import ChildError, Job, run_child
 from lightning_prune.deploy.profile import Profile, baseline_of, profile_files
 from lightning_prune.errors import ConfigurationError, ProfileError
 
-QUICK = Profile(rounds=30, max_seconds=4, operators=False)
+QUICK = Profile(rounds=30, max_seconds=4, operators=False, roofline=False)
 
 
 @pytest.fixture
@@ -68,13 +68,18 @@ def test_profile_measures_files_side_by_side(files):
         assert warm["runs"] >= 10
     assert {stage for stage, _ in stages} == {"warm-up", "latency", "memory and operators"}
     assert all(0 <= fraction <= 1 for _, fraction in stages)
+    peak = result.protocol["peak_gmacs"]
+    assert peak["reason"] is None
+    # Two convolutions over 16 by 16 pixels cannot run faster than the peak, but for what a boost clock gives.
+    assert 1.25 * peak["float32"] > 64 * 256 * 9 * (3 + 64) / (dense.latency_ms["min"] * 1e6)
+    assert peak["int8"] > 0
     assert children() == []
 
 
 def test_few_rounds_give_no_percentile_and_say_so(files):
-    file = profile_files({"dense": files["dense"]}, Profile(rounds=5, max_seconds=2, operators=False)).files[
-        "dense"
-    ]
+    file = profile_files(
+        {"dense": files["dense"]}, Profile(rounds=5, max_seconds=2, operators=False, roofline=False)
+    ).files["dense"]
     assert file.latency_ms["runs"] == 50
     assert file.latency_ms["p90"] is None
     assert file.latency_ms["p99"] is None
@@ -102,7 +107,8 @@ def test_child_is_pinned_to_allowed_cores(files):
 def test_more_threads_than_cores_are_said(files):
     count = (os.cpu_count() or 1) + 1
     result = profile_files(
-        {"dense": files["dense"]}, Profile(threads=count, rounds=5, max_seconds=2, operators=False)
+        {"dense": files["dense"]},
+        Profile(threads=count, rounds=5, max_seconds=2, operators=False, roofline=False),
     )
     assert result.protocol["threads"] == count
     assert any("cores are allowed" in warning for warning in result.warnings)
@@ -111,7 +117,9 @@ def test_more_threads_than_cores_are_said(files):
 def test_time_is_bounded_and_the_shortfall_said(tmp_path):
     heavy = conv_file(tmp_path / "heavy.onnx", channels=256, size=96)
     began = time.monotonic()
-    result = profile_files({"heavy": heavy}, Profile(rounds=100_000, max_seconds=3, operators=False))
+    result = profile_files(
+        {"heavy": heavy}, Profile(rounds=100_000, max_seconds=3, operators=False, roofline=False)
+    )
     assert time.monotonic() - began < 10
     assert result.files["heavy"].latency_ms["runs"] < 100
     assert any("raise Profile(max_seconds=...)" in warning for warning in result.warnings)
@@ -133,7 +141,7 @@ def test_open_dimension_needs_a_size(tmp_path):
     path = embedding_file(tmp_path / "e.onnx")
     with pytest.raises(ProfileError, match=r"'time' at axis 1; .*dims="):
         profile_files({"e": path}, QUICK)
-    sized = Profile(rounds=5, max_seconds=2, operators=False, dims={"time": 7})
+    sized = Profile(rounds=5, max_seconds=2, operators=False, roofline=False, dims={"time": 7})
     assert profile_files({"e": path}, sized).files["e"].latency_ms["runs"] > 0
 
 
