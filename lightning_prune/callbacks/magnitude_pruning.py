@@ -12,17 +12,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune._lightning import NAMESPACES, Callback, LightningModule, Trainer
-from lightning_prune.callbacks import _clock
+from lightning_prune.callbacks import _clock, _magnitude_config, _magnitude_table
+from lightning_prune.callbacks._averages import averaged_modules
 from lightning_prune.callbacks._events import emit
-from lightning_prune.errors import CheckpointError, ConfigurationError, StrategyError, near_matches
+from lightning_prune.callbacks._magnitude_config import OWNER
+from lightning_prune.callbacks._magnitude_training import Dynamics
+from lightning_prune.callbacks._mask_keeper import MaskKeeper
+from lightning_prune.callbacks._watch_magnitude import Watch
+from lightning_prune.errors import ConfigurationError, ScheduleError, StrategyError
 from lightning_prune.schedules import Schedule, Timeline
-from lightning_prune.selection import Weight, assign, select_weights
-from lightning_prune.sparsity import criteria, masks, scopes
+from lightning_prune.selection import assign, select_weights
+from lightning_prune.sparsity import criteria, patterns, scopes, sharding
+from lightning_prune.sparsity.goal import Goal
+from lightning_prune.sparsity.masks import Look, Rule, count_below
+from lightning_prune.sparsity.training import SparseTraining
 
-_OWNER = "MagnitudePruning"
 # These keep parameters where a mask by name cannot find them.
 _REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy")
 _DEFAULT_SCHEDULE = Schedule()
+_DEFAULT_TRAINING = SparseTraining()
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class MagnitudePruning(Callback):
@@ -36,21 +45,27 @@ class MagnitudePruning(Callback):
     after its step. The masks are in the callback's state, one bit a weight, so that a resumed run goes on
     exactly. A second `fit` with the same module keeps them; with another module it starts anew.
 
+    A criterion that needs gradients or activations prunes within the first optimizer step after an event,
+    between backward and update; all others at the start of the epoch (or step).
+
     Masks alone make a file compress better; dense kernels run no faster for them.
 
     Args:
         sparsity: Final fraction of zeros, 0 to 1, or fractions by glob (`{"stem.*": 0.3, "*": 0.85}`; the
             first that matches a weight counts, and each weight gets its own fraction).
         schedule: When, and how fast.
-        scope: `"global"`: the lowest scores anywhere; `"layer"`: the same fraction of each weight; `"erk"`:
-            Erdős–Rényi-kernel, wide layers sparser (Evci et al. 2020); `"lamp"`: global with layer-adaptive
-            scores (Lee et al. 2021).
-        criterion: `"magnitude"`, `"random"`, or one's own, see `lightning_prune.sparsity.criteria`.
-        pattern: None: any weight may go.
+        scope: `"global"`: the lowest scores anywhere; `"layer"`: the same fraction of each weight;
+            `"output"`: of each output of each weight; `"erk"`: Erdős–Rényi-kernel, wide layers sparser
+            (Evci et al. 2020); `"lamp"`: global with layer-adaptive scores (Lee et al. 2021).
+        criterion: `"magnitude"`, `"l2"`, `"random"`, `"taylor"`, `"snip"`, `"movement"`, `"wanda"`, or one's
+            own; see `lightning_prune.sparsity.criteria`.
+        pattern: None: single weights go. `"2:4"` (any `"n:m"`), `"block:RxC"`, `"row"`, `"column"`; see
+            `lightning_prune.sparsity.patterns`.
         threshold: Weights that score below it go, instead of a fixed fraction; the schedule scales it.
         include: Globs of the weights to prune; see `lightning_prune.selection`. The default means the
             weights of all convolution, linear, embedding, recurrent and attention layers.
         exclude: Globs of weights to leave alone.
+        training: Regrowth, rewinding, masked gradients; none by default.
 
     Raises:
         ConfigurationError: If an argument is wrong; what depends on the module, before training starts.
@@ -72,6 +87,7 @@ class MagnitudePruning(Callback):
         threshold: float | None = None,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        training: SparseTraining = _DEFAULT_TRAINING,
     ) -> None:
         super().__init__()
         self.sparsity = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
@@ -82,32 +98,30 @@ class MagnitudePruning(Callback):
         self.threshold = threshold
         self.include = [include] if isinstance(include, str) else list(include)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-        _check(self)
-        self._score = criteria.resolve(criterion, _OWNER)
+        self.training = training
+        _magnitude_config.check(self)
+        self._score = criteria.resolve(criterion, OWNER)
         self._reset()
 
     # ------------------------------------------------------------------ state
 
     def _reset(self) -> None:
         self._level = 0.0
+        self._due = False
         self._history: list[dict[str, Any]] = []
-        self._masks: dict[str, Tensor] = {}
-        self._packed: dict[str, Tensor] = {}
-        self._weights: dict[str, Weight] = {}
-        self._fractions: dict[str, float] | None = None
+        self._keeper = MaskKeeper()
+        self._watch = Watch(criteria.needs_of(self._score))
+        self._dynamics = Dynamics(self.training)
+        pattern = patterns.parse(self.pattern, OWNER)
+        self._goal = Goal(self.sparsity, self.scope, pattern)
         self._timeline: Timeline | None = None
-        self._handles: list[Any] = []
-        self._stepped: dict[int, tuple[int, list[Tensor], list[Tensor]]] = {}
         self._module: weakref.ref[nn.Module] | None = None
         self._announced = False
         self._log_due = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
-        state = dict(self.__dict__)
-        state["_packed"] = {**self._packed, **{name: masks.pack(mask) for name, mask in self._masks.items()}}
-        state.update(_masks={}, _weights={}, _handles=[], _stepped={}, _module=None)
-        return state
+        return {**self.__dict__, "_module": None}
 
     @property
     def state_key(self) -> str:
@@ -117,21 +131,28 @@ class MagnitudePruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks (packed, one bit a weight), level and history; plain data and tensors only."""
-        packed = {name: masks.pack(mask) for name, mask in self._masks.items()} or dict(self._packed)
-        return {"level": self._level, "history": [dict(e) for e in self._history], "masks": packed}
+        state = {"level": self._level, "due": self._due, "history": [dict(e) for e in self._history]}
+        state["masks"] = self._keeper.pack()
+        if self._watch.statistics.kinds:
+            state["statistics"] = self._watch.statistics.state_dict()
+        if self._dynamics.origin:
+            state["origin"] = dict(self._dynamics.origin)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take masks, level and history from a checkpoint; `on_train_start` lays them on the weights."""
         self._level = float(state_dict["level"])
+        self._due = bool(state_dict["due"])
         self._history = [dict(entry) for entry in state_dict["history"]]
-        self._packed = dict(state_dict["masks"])
-        self._masks = {}
-        self._stepped = {}
+        self._keeper.load(state_dict["masks"])
+        if "statistics" in state_dict:
+            self._watch.statistics.load_state_dict(state_dict["statistics"])
+        self._dynamics.origin = dict(state_dict.get("origin", {}))
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """The masks in force by parameter name: 1 where the weight stays, 0 where it is pruned."""
-        return dict(self._masks)
+        return dict(self._keeper.masks)
 
     def pruning_summary(self) -> dict[str, Any]:
         """Say what was done so far, as plain data for the report.
@@ -140,17 +161,11 @@ class MagnitudePruning(Callback):
             `callback`, `config`, `history` (one entry for each change) and `layers` (parameters and non-zeros
             of each selected weight).
         """
-        layers = [
-            {
-                "name": name,
-                "parameters": weight.parameter.numel(),
-                "nonzero": int(torch.count_nonzero(weight.parameter.detach())),
-            }
-            for name, weight in self._weights.items()
-        ]
+        zeros, sizes = self._keeper.zeros(), self._keeper.sizes()
+        layers = [{"name": n, "parameters": size, "nonzero": size - zeros[n]} for n, size in sizes.items()]
         return {
             "callback": type(self).__name__,
-            "config": _config(self),
+            "config": _magnitude_config.plain(self),
             "history": [dict(entry) for entry in self._history],
             "layers": layers,
         }
@@ -163,7 +178,7 @@ class MagnitudePruning(Callback):
             return
         if type(trainer.strategy).__name__ in _REFUSED_STRATEGIES:
             raise StrategyError(
-                f"{_OWNER}: {type(trainer.strategy).__name__} keeps parameters flattened or partitioned, "
+                f"{OWNER}: {type(trainer.strategy).__name__} keeps parameters flattened or partitioned, "
                 "where masks cannot follow; use DDPStrategy or ModelParallelStrategy."
             )
         if self._module is None or self._module() is not pl_module:
@@ -176,27 +191,26 @@ class MagnitudePruning(Callback):
         self._module = weakref.ref(pl_module)
         self._select(pl_module)
         self._refuse_overlap(trainer)
-        self._timeline = _clock.plan(trainer, pl_module, self.schedule)
-        self._attach(trainer)
+        self._watch.refuse(self._keeper.weights, OWNER, self.criterion)
+        self._plan(trainer, pl_module)
+        self._keeper.follow(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay restored masks on the weights; by now every strategy has restored them."""
-        self._attach(trainer)
-        parameters = dict(pl_module.named_parameters(remove_duplicate=False))
-        for name, packed in self._packed.items():
-            if name in self._weights:
-                self._masks[name] = _unpack(name, packed, parameters[name])
-        self._packed = {}
-        self._masks = {name: _like(mask, parameters[name]) for name, mask in self._masks.items()}
-        self._apply(trainer)
+        self._select(pl_module)
+        self._keeper.follow(trainer.optimizers)
+        self._keeper.restore(OWNER)
+        self._watch.follow(self._keeper.weights)
+        self._watch.statistics.to({n: w.parameter.device for n, w in self._keeper.weights.items()})
+        self._keeper.apply(averaged_modules(trainer))
         self._log_due = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if an event falls on this epoch, and log for those who monitor."""
+        self._dynamics.remember(pl_module, trainer.current_epoch)
         self._advance(trainer, pl_module)
-        achieved, target = self._achieved(), self._target()
-        pl_module.log(self._log_name(trainer), achieved, on_step=False, on_epoch=True)
-        pl_module.log(self._log_name(trainer, "_target"), target, on_step=False, on_epoch=True)
+        for suffix, value in (("", self._achieved()), ("_target", self._target())):
+            pl_module.log(self._log_name(trainer, suffix), value, on_step=False, on_epoch=True)
         self._log_due = True
 
     def on_train_batch_start(
@@ -206,68 +220,101 @@ class MagnitudePruning(Callback):
         self._advance(trainer, pl_module)
         if self._log_due:
             self._log_due = False
-            name = self._log_name(trainer)
-            pl_module.log(name, self._achieved(), on_step=True, on_epoch=False, prog_bar=True)
-            name = self._log_name(trainer, "_target")
-            pl_module.log(name, self._target(), on_step=True, on_epoch=False, prog_bar=True)
+            for suffix, value in (("", self._achieved()), ("_target", self._target())):
+                name = self._log_name(trainer, suffix)
+                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=True)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Use the gradients: for criteria that need them, for regrowth, and mask them if that is wanted."""
+        if not (self._watch.active or self._due or self._dynamics.active):
+            return
+        names = self._keeper.names_in(optimizer)
+        if not self._will_be_skipped(trainer, names):
+            self._watch.observe_gradients(self._keeper.weights, names)
+            if self._due and self._watch.statistics.complete(self._keeper.weights):
+                self._prune(trainer, pl_module)
+            elif not self._due:
+                step = _clock.now(trainer, pl_module, "step")
+                if self._dynamics.exchange(self._keeper, optimizer, names, step):
+                    self._keeper.apply(averaged_modules(trainer))
+        if self.training.mask_gradients:
+            self._keeper.mask_gradients(names)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give zeros one sign before ModelCheckpoint, which runs after this, writes them."""
-        masks.clear_signs([weight.parameter for name, weight in self._weights.items() if name in self._masks])
+        self._keeper.clear_signs()
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:
         """Follow the removal of channels: cut the masks alike, then make the level exact again."""
-        parameters = dict(pl_module.named_parameters(remove_duplicate=False))
-        self._weights = {
-            name: replace(weight, parameter=parameters[name])
-            for name, weight in self._weights.items()
-            if name in parameters
-        }
-        self._masks = {
-            name: _like(change.narrow(name, mask), parameters[name])
-            for name, mask in self._masks.items()
-            if name in self._weights
-        }
-        self._packed = {}
-        if self._masks:
-            self._prune(trainer, pl_module, grow=False)
+        self._keeper.narrow(change, dict(pl_module.named_parameters(remove_duplicate=False)))
+        self._watch.statistics.narrow(change.narrow, self._keeper.weights)
+        self._watch.follow(self._keeper.weights)
+        self._dynamics.narrow(change.narrow)
+        if self._keeper.masks:
+            self._prune(trainer, pl_module, follow=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave exact, positive zeros."""
-        self._apply(trainer)
-        masks.clear_signs([weight.parameter for name, weight in self._weights.items() if name in self._masks])
+        self._keeper.apply(averaged_modules(trainer))
+        self._keeper.clear_signs()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what became of each weight, to those who see a progress bar."""
+        if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._keeper.masks:
+            _magnitude_table.show(self.pruning_summary())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        self._detach()
+        self._keeper.release()
+        self._watch.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; Lightning calls no teardown after an exception."""
-        self._detach()
+        self._keeper.release()
+        self._watch.release()
 
-    # ------------------------------------------------------------------ pruning
+    # ------------------------------------------------------------------ before training
 
     def _select(self, pl_module: LightningModule) -> None:
-        weights = select_weights(pl_module, self.include, self.exclude, _OWNER)
+        weights = select_weights(pl_module, self.include, self.exclude, OWNER)
         if isinstance(self.sparsity, dict):
-            self._fractions = assign(weights, self.sparsity, _OWNER)
-            weights = {name: weights[name] for name in self._fractions}
+            fractions = assign(weights, self.sparsity, OWNER)
+            weights = {name: weights[name] for name in fractions}
+            self._goal = replace(self._goal, sparsity=fractions)
         for name, weight in weights.items():
             if isinstance(weight.parameter, nn.parameter.UninitializedParameter):
                 raise ConfigurationError(
-                    f"{_OWNER}: {name!r} has no shape yet; run one batch through the lazy layers before fit."
+                    f"{OWNER}: {name!r} has no shape yet; run one batch through the lazy layers before fit."
                 )
-        self._weights = weights
+        self._keeper.weights = weights
 
     def _refuse_overlap(self, trainer: Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is self or not isinstance(other, MagnitudePruning):
                 continue
-            shared = [name for name in self._weights if name in other._weights]
+            shared = [name for name in self._keeper.weights if name in other._keeper.weights]
             if shared:
-                raise ConfigurationError(
-                    f"{_OWNER}: two callbacks prune {shared[0]!r}; give them disjoint `include` or `exclude`."
+                remedy = "give them disjoint `include` or `exclude`"
+                raise ConfigurationError(f"{OWNER}: two callbacks prune {shared[0]!r}; {remedy}.")
+
+    def _plan(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._timeline = _clock.plan(trainer, pl_module, self.schedule)
+        if self.training.regrowth is not None:
+            steps = _clock.training_length(trainer, pl_module)[1]
+            if steps is None:
+                remedy = "set the Trainer's max_epochs or max_steps"
+                raise ScheduleError.of(
+                    OWNER, "training", "None for a training without end", "regrowth", remedy
                 )
+            self._dynamics.steps = steps
+        rewind = self.training.rewind_to
+        if rewind is not None and self._timeline.interval == "epoch" and self._timeline.level_at(rewind - 1):
+            expected = f"at or before epoch {self._timeline.begin}, when pruning starts"
+            raise ScheduleError.of("SparseTraining", "rewind_to", expected, rewind)
+
+    # ------------------------------------------------------------------ pruning
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._timeline is None:
@@ -275,99 +322,79 @@ class MagnitudePruning(Callback):
         time = _clock.now(trainer, pl_module, self._timeline.interval)
         level = self._timeline.level_at(time)
         # What was reached stays reached: a second fit of the same module starts from a sparse network.
-        if level > self._level:
-            self._level = level
+        if level <= self._level:
+            return
+        self._level = level
+        if self._watch.statistics.kinds:
+            self._due = True
+        else:
             self._prune(trainer, pl_module)
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, grow: bool = True) -> None:
-        """Bring the masks to the level in force, and the weights to the masks."""
-        pools = self._pools(floors=grow)
-        if not any(pool.count for pool in pools) and not self._masks:
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, follow: bool = False) -> None:
+        """Bring the masks to the level in force, and the weights to the masks.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            follow: Whether this follows a structural change instead of the schedule.
+        """
+        pools = self._pools(floors=not follow)
+        self._due = self._due and follow
+        if not any(pool.count for pool in pools) and not self._keeper.masks:
             return
         if not self._announced:
             self._announced = True
             emit(trainer, "on_before_pruning", pl_module)
-        tensors = {name: weight.parameter.detach() for name, weight in self._weights.items()}
-        transform = scopes.lamp if self.scope == "lamp" else None
-        masks.update_masks(tensors, self._masks, pools, self._score, transform=transform)
-        self._stepped = {}
-        self._apply(trainer)
+        rule, look = self._rule()
+        self._keeper.update(pools, rule, look)
+        if not follow:
+            self._watch.statistics.restart()
+            self._watch.active = bool(self._watch.statistics.kinds) and self._level < 1.0
+            self._dynamics.rewind(pl_module, trainer.optimizers)
+        self._keeper.apply(averaged_modules(trainer))
         entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         entry.update(level=self._level, target=self._target(), achieved=self._achieved())
         self._history.append(entry)
         self._log_due = True
 
+    def _rule(self) -> tuple[Rule, Look]:
+        weights = self._keeper.weights
+        transposed = frozenset(n for n, w in weights.items() if isinstance(w.module, _TRANSPOSED))
+        statistics = self._watch.statistics
+        # After a structural change activations are not there until the next forward; magnitudes are.
+        known = statistics.known(weights)
+        score = self._score if known else criteria.magnitude
+        rule = Rule(score, scopes.TRANSFORMS.get(self.scope), self._goal.pattern, transposed)
+        return rule, statistics.evidence if known else criteria.Evidence
+
     def _pools(self, floors: bool) -> list[scopes.Pool]:
-        shapes = {name: tuple(weight.parameter.shape) for name, weight in self._weights.items()}
         if self.threshold is not None:
-            tensors = {name: weight.parameter.detach() for name, weight in self._weights.items()}
-            counts = masks.count_below(tensors, self._masks, self._score, self.threshold * self._level)
+            rule, look = self._rule()
+            limit = self.threshold * self._level
+            masked = sharding.WholeTensors(self._keeper.masks)
+            counts = count_below(self._keeper.tensors(), masked, rule.criterion, limit, look)
             return [scopes.Pool((name,), count) for name, count in counts.items()]
-        target = self.sparsity if self._fractions is None else self._fractions
-        masked = masks.count_masked(self._masks) if floors else None
-        return scopes.pools(self.scope, shapes, target, self._level, masked)
+        least = self._keeper.masked() if floors else None
+        return self._goal.pools(self._keeper.shapes(), self._level, least)
+
+    def _will_be_skipped(self, trainer: Trainer, names: list[str]) -> bool:
+        """Tell whether a gradient scaler will skip this step because the gradients have overflowed."""
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            return False
+        gradients = [self._keeper.weights[name].parameter.grad for name in names]
+        return not all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+
+    # ------------------------------------------------------------------ what is reached
 
     def _target(self) -> float:
         """Give the fraction of zeros that the schedule wants now."""
         if self.threshold is not None:
             return self._achieved()
-        if self._fractions is None:
-            assert not isinstance(self.sparsity, dict)
-            return self.sparsity * self._level
-        sizes = {name: weight.parameter.numel() for name, weight in self._weights.items()}
-        wanted = sum(self._fractions[name] * size for name, size in sizes.items())
-        return wanted * self._level / max(1, sum(sizes.values()))
+        return self._goal.fraction(self._keeper.sizes(), self._level)
 
     def _achieved(self) -> float:
         """Count the fraction of weights that are zero."""
-        total = sum(weight.parameter.numel() for weight in self._weights.values())
-        nonzero = sum(int(torch.count_nonzero(w.parameter.detach())) for w in self._weights.values())
-        return (total - nonzero) / max(1, total)
-
-    # ------------------------------------------------------------------ masks on weights
-
-    def _attach(self, trainer: Trainer) -> None:
-        self._detach()
-        for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._stepped = {}
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Zero again what this optimizer has just moved; a hook that returned anything would break torch."""
-        if not self._masks:
-            return
-        held = sum(len(group["params"]) for group in optimizer.param_groups)
-        known = self._stepped.get(id(optimizer))
-        # A finetuning callback may add parameters to an optimizer at any time.
-        if known is None or known[0] != held:
-            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            pairs = [
-                (w.parameter, self._masks[n]) for n, w in self._weights.items() if id(w.parameter) in mine
-            ]
-            known = (held, [p for p, _ in pairs], [m for _, m in pairs])
-            self._stepped[id(optimizer)] = known
-        masks.apply_masks(known[1], known[2])
-
-    def _apply(self, trainer: Trainer) -> None:
-        """Zero what is masked, in the module and in the models that other callbacks average from it."""
-        names = [name for name in self._weights if name in self._masks]
-        masks.apply_masks([self._weights[n].parameter for n in names], [self._masks[n] for n in names])
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            # WeightAveraging and StochasticWeightAveraging offer no public access to their model.
-            average = getattr(callback, "_average_model", None)
-            if isinstance(average, nn.Module):
-                model = getattr(average, "module", average)
-                copies = dict(model.named_parameters(remove_duplicate=False))
-                for name in names:
-                    if name in copies and copies[name].shape == self._masks[name].shape:
-                        masks.apply_masks([copies[name]], [_like(self._masks[name], copies[name])])
-
-    # ------------------------------------------------------------------ logging
+        return sum(self._keeper.zeros().values()) / max(1, sum(self._keeper.sizes().values()))
 
     def _log_name(self, trainer: Trainer, suffix: str = "") -> str:
         """Name the logged value: `sparsity`, and with several of these callbacks what each selects, too."""
@@ -381,67 +408,3 @@ class MagnitudePruning(Callback):
 def _builds_late(pl_module: LightningModule) -> bool:
     """Tell whether the user's module makes layers in `configure_model`, which runs after every `setup`."""
     return not type(pl_module).configure_model.__module__.startswith(NAMESPACES)
-
-
-def _like(mask: Tensor, weight: Tensor) -> Tensor:
-    """Give a mask its weight's dtype, device and memory format, so that applying it is one fused call."""
-    if mask.dtype == weight.dtype and mask.device == weight.device and mask.stride() == weight.stride():
-        return mask
-    out = torch.empty_like(weight, requires_grad=False)
-    return out.copy_(mask)
-
-
-def _unpack(name: str, packed: Tensor, weight: Tensor) -> Tensor:
-    try:
-        return masks.unpack(packed, weight)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{_OWNER}: the checkpoint's mask of {name!r} does not fit the module: {error}."
-        ) from error
-
-
-def _check(callback: MagnitudePruning) -> None:
-    """Refuse wrong arguments that can be seen without a module."""
-    sparsity = callback.sparsity
-    levels = list(sparsity.items()) if isinstance(sparsity, dict) else [("", sparsity)]
-    if not levels:
-        raise ConfigurationError.of(_OWNER, "sparsity", "a fraction, or fractions by glob", sparsity)
-    for glob, level in levels:
-        if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1:
-            percent = isinstance(level, (int, float)) and 1 < level <= 100
-            remedy = f"write {level / 100:g}" if percent else ""
-            name = f"sparsity[{glob!r}]" if glob else "sparsity"
-            raise ConfigurationError.of(_OWNER, name, "a fraction from 0 to 1", level, remedy)
-    if not isinstance(callback.schedule, Schedule):
-        remedy = "write Schedule('cubic', end=0.5)"
-        raise ConfigurationError.of(_OWNER, "schedule", "a Schedule", callback.schedule, remedy)
-    if callback.scope not in scopes.SCOPES:
-        hint = near_matches(str(callback.scope), scopes.SCOPES).rstrip(".")
-        expected = "one of " + ", ".join(map(repr, scopes.SCOPES))
-        raise ConfigurationError.of(_OWNER, "scope", expected, callback.scope, hint)
-    if isinstance(sparsity, dict) and callback.scope in ("erk", "lamp"):
-        remedy = "give one fraction, or another scope"
-        expected = "'global' or 'layer' when `sparsity` is given by glob"
-        raise ConfigurationError.of(_OWNER, "scope", expected, callback.scope, remedy)
-    if callback.pattern is not None:
-        raise ConfigurationError.of(_OWNER, "pattern", "None", callback.pattern)
-    threshold = callback.threshold
-    if threshold is not None and (isinstance(threshold, bool) or not threshold > 0):
-        raise ConfigurationError.of(_OWNER, "threshold", "above 0", threshold)
-    if threshold is not None and isinstance(sparsity, dict):
-        raise ConfigurationError.of(_OWNER, "threshold", "None when `sparsity` is given by glob", threshold)
-
-
-def _config(callback: MagnitudePruning) -> dict[str, Any]:
-    criterion = callback.criterion
-    schedule = callback.schedule
-    return {
-        "sparsity": callback.sparsity,
-        "schedule": {name: getattr(schedule, name) for name in schedule.__dataclass_fields__},
-        "scope": callback.scope,
-        "criterion": criterion if isinstance(criterion, str) else criterion.__name__,
-        "pattern": callback.pattern,
-        "threshold": callback.threshold,
-        "include": list(callback.include),
-        "exclude": list(callback.exclude),
-    }

@@ -10,46 +10,65 @@ NaN, so that a run that diverged is seen to have diverged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.sparsity.criteria import ELEMENTWISE, Criterion, Evidence
+from lightning_prune.sparsity import patterns
+from lightning_prune.sparsity.criteria import Criterion, Evidence, is_elementwise
 from lightning_prune.sparsity.scopes import Pool
 from lightning_prune.sparsity.select import find_cut, keep_masks, order_keys, pieces
 
-Transform = Callable[[Tensor], Tensor]
+Look = Callable[[str, Tensor], Evidence]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How weights are judged.
+
+    Attributes:
+        criterion: Scores a weight.
+        transform: Changes the scores of one weight, `(outputs, kernel positions, inputs)`, before they are
+            compared with others; see `scopes.TRANSFORMS`.
+        pattern: What goes together; None for single weights.
+        transposed: Names of weights whose inputs come before their outputs.
+    """
+
+    criterion: Criterion
+    transform: Callable[[Tensor], Tensor] | None = None
+    pattern: patterns.Pattern | None = None
+    transposed: frozenset[str] = frozenset()
 
 
 @torch.no_grad()
 def update_masks(
     weights: Mapping[str, Tensor],
-    masks: dict[str, Tensor],
+    masks: MutableMapping[str, Tensor],
     pools: Sequence[Pool],
-    criterion: Criterion,
-    *,
-    transform: Transform | None = None,
-    seed: int = 0,
+    rule: Rule,
+    look: Look = Evidence,
 ) -> None:
-    """Bring masks to exact counts: in each pool the lowest scores go.
+    """Bring masks to the counts of their pools: in each pool the lowest scores go.
 
-    What is masked already goes first, so that masks only ever grow with the count. Criteria of
-    `criteria.ELEMENTWISE` need no memory that grows with the weights; for others a pool's scores are held.
+    What is masked already goes first, so that masks only ever grow with the count. Single weights are counted
+    exactly; for patterns see `lightning_prune.sparsity.patterns`. Elementwise criteria for single weights
+    need no memory that grows with the weights; otherwise the scores of a pool are held.
 
     Args:
         weights: The weights by name.
         masks: The masks so far; changed in place, and filled in where one is missing.
         pools: Which weights compete, and how many elements go.
-        criterion: Scores a weight.
-        transform: Applied to the scores of each weight as a whole, such as `scopes.lamp`.
-        seed: Handed to the criterion.
+        rule: How they are judged.
+        look: Gives the evidence for a name and weight.
 
     Example:
         >>> from lightning_prune.sparsity.criteria import magnitude
         >>> masks = {}
-        >>> update_masks({"w": torch.tensor([3.0, 1.0, 2.0])}, masks, [Pool(("w",), 1)], magnitude)
+        >>> update_masks({"w": torch.tensor([3.0, 1.0, 2.0])}, masks, [Pool(("w",), 1)], Rule(magnitude))
         >>> masks["w"]
         tensor([1., 0., 1.])
     """
@@ -57,29 +76,80 @@ def update_masks(
         if name not in masks:
             masks[name] = torch.ones_like(weight, requires_grad=False)
     for pool in pools:
-        wide = any(weights[name].dtype == torch.float64 for name in pool.names)
-        held: dict[str, Tensor] = {}
-        if transform is not None or criterion not in ELEMENTWISE:
-            for name in pool.names:
-                scores = criterion(Evidence(name, weights[name], seed))
-                held[name] = scores if transform is None else transform(scores)
+        if rule.pattern is not None:
+            _update_units(weights, masks, pool, rule, look)
+        else:
+            _update_elements(weights, masks, pool, rule, look)
 
-        def keyed(
-            pool: Pool = pool, held: Mapping[str, Tensor] = held, wide: bool = wide
-        ) -> Iterator[Tensor]:
-            for name in pool.names:
-                source = held.get(name, weights[name])
-                for part, mask in pieces(source, masks[name]):
-                    scores = part if held else criterion(Evidence(name, part, seed))
-                    keys = order_keys(scores, wide)
-                    yield keys.masked_fill_(mask == 0, torch.iinfo(keys.dtype).min)
 
-        cut = find_cut(keyed, pool.count)
-        targets = (
-            mask for name in pool.names for _, mask in pieces(held.get(name, weights[name]), masks[name])
+def _update_elements(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], pool: Pool, rule: Rule, look: Look
+) -> None:
+    wide = any(weights[name].dtype == torch.float64 for name in pool.names)
+    held: dict[str, Tensor] = {}
+    if rule.transform is not None or not is_elementwise(rule.criterion):
+        held = {name: _scores(name, weights[name], masks[name], rule, look) for name in pool.names}
+
+    def keyed() -> Iterator[Tensor]:
+        for name in pool.names:
+            if held:
+                parts: Iterator[tuple[Tensor, ...]] = pieces(held[name], masks[name])
+            else:
+                parts = _scored_pieces(name, weights, masks, rule, look)
+            for scores, mask in parts:
+                keys = order_keys(scores, wide)
+                yield keys.masked_fill_(mask == 0, torch.iinfo(keys.dtype).min)
+
+    cut = find_cut(keyed, pool.count)
+    targets = (target for name in pool.names for (target,) in pieces(masks[name]))
+    for target, keep in zip(targets, keep_masks(keyed(), cut), strict=True):
+        target.copy_(keep)
+
+
+def _scored_pieces(
+    name: str, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], rule: Rule, look: Look
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Score a weight piece by piece: all evidence is cut alike."""
+    whole = look(name, weights[name])
+    given = [f.name for f in fields(whole) if isinstance(getattr(whole, f.name), Tensor)]
+    for *parts, mask in pieces(*(getattr(whole, field) for field in given), masks[name]):
+        part: dict[str, Any] = dict(zip(given, parts, strict=True))
+        yield rule.criterion(replace(whole, **part)), mask
+
+
+def _scores(name: str, weight: Tensor, mask: Tensor, rule: Rule, look: Look) -> Tensor:
+    """Score a weight as a whole; what is masked scores below everything."""
+    scores = rule.criterion(look(name, weight))
+    if not scores.is_floating_point():
+        scores = scores.float()
+    scores = scores.masked_fill(mask == 0, -torch.inf)
+    if rule.transform is None:
+        return scores
+    turned = name in rule.transposed
+    return patterns.uncanonical(rule.transform(patterns.canonical(scores, turned)), scores.shape, turned)
+
+
+def _update_units(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], pool: Pool, rule: Rule, look: Look
+) -> None:
+    assert rule.pattern is not None
+    scores = {
+        name: patterns.canonical(
+            _scores(name, weights[name], masks[name], rule, look), name in rule.transposed
         )
-        for target, keep in zip(targets, keep_masks(keyed(), cut), strict=True):
-            target.copy_(keep)
+        for name in pool.names
+    }
+    found = [patterns.units(scores[name], rule.pattern) for name in pool.names]
+    order = torch.cat([mean.double() for mean, _ in found]).argsort(stable=True)
+    sizes = torch.cat([size for _, size in found])
+    # The longest run of lowest units whose elements do not exceed the count.
+    chosen = order[: int((sizes[order].cumsum(0) <= pool.count).sum())]
+    gone = torch.zeros(len(sizes), dtype=torch.bool, device=sizes.device)
+    gone[chosen] = True
+    parts = gone.split([len(mean) for mean, _ in found])  # type: ignore[no-untyped-call]
+    for name, part in zip(pool.names, parts, strict=True):
+        keep = patterns.keep_outside(part, scores[name], rule.pattern)
+        masks[name].copy_(patterns.uncanonical(keep, masks[name].shape, name in rule.transposed))
 
 
 @torch.no_grad()
@@ -88,8 +158,7 @@ def count_below(
     masks: Mapping[str, Tensor],
     criterion: Criterion,
     threshold: float,
-    *,
-    seed: int = 0,
+    look: Look = Evidence,
 ) -> dict[str, int]:
     """Count the elements that score below a threshold or are masked already.
 
@@ -98,7 +167,7 @@ def count_below(
         masks: The masks so far; a missing one masks nothing.
         criterion: Scores a weight.
         threshold: Scores below it count.
-        seed: Handed to the criterion.
+        look: Gives the evidence for a name and weight.
 
     Returns:
         The count of each weight.
@@ -110,7 +179,7 @@ def count_below(
     """
     counts: dict[str, int] = {}
     for name, weight in weights.items():
-        below = criterion(Evidence(name, weight, seed)) < threshold
+        below = criterion(look(name, weight)) < threshold
         if name in masks:
             below |= masks[name] == 0
         counts[name] = int(below.sum())

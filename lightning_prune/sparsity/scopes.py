@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_prune.sparsity.select import largest_remainder
 
-SCOPES = ("global", "layer", "erk", "lamp")
+SCOPES = ("global", "layer", "output", "erk", "lamp")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def pools(
     """Divide a target over the weights.
 
     Args:
-        scope: `"global"` and `"lamp"`: one pool; `"layer"`: the same fraction of each weight; `"erk"`:
-            fractions after `erk_densities`.
+        scope: `"global"` and `"lamp"`: one pool; `"layer"` and `"output"`: the same fraction of each weight;
+            `"erk"`: fractions after `erk_densities`.
         shapes: Shape of each weight.
         target: The final fraction of zeros, 0 to 1: of all weights, or of each.
         level: The part of the target to reach now, 0 to 1.
@@ -137,9 +137,33 @@ def lamp(scores: Tensor) -> Tensor:
         >>> lamp(torch.tensor([3.0, 4.0]))
         tensor([0.3600, 1.0000])
     """
-    squares = scores.reshape(-1).to(torch.float64).square()
+    squares = scores.reshape(-1).to(torch.float64).clamp(min=0.0).square()
     ordered, order = squares.sort(stable=True)
     left = ordered.flip(0).cumsum(0).flip(0)
     out = torch.empty_like(squares)
     out[order] = (ordered / left).nan_to_num(nan=0.0)
     return out.reshape(scores.shape).to(scores.dtype)
+
+
+def output_ranks(scores: Tensor) -> Tensor:
+    """Make weights compete only with those of the same output (Sun et al. 2023, Wanda, section 3).
+
+    Args:
+        scores: `(outputs, ...)`.
+
+    Returns:
+        For each weight its rank among those of its output, divided by their number: 0 to 1.
+
+    Example:
+        >>> output_ranks(torch.tensor([[3.0, 1.0], [30.0, 40.0]]))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    rows = scores.reshape(scores.shape[0], -1) if scores.dim() else scores.reshape(1, 1)
+    rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank / max(1, rows.shape[1])).reshape(scores.shape)
+
+
+# What a scope does to the scores of one weight, `(outputs, kernel positions, inputs)`, before they are
+# compared.
+TRANSFORMS = {"lamp": lamp, "output": output_ranks}

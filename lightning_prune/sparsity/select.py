@@ -133,21 +133,24 @@ def keep_masks(chunks: Iterable[Tensor], cut: Cut | None) -> Iterator[Tensor]:
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Walk through tensors of one shape side by side, a bounded number of elements at a time.
 
+    The memory format of the last tensor alone decides how they are divided, so that walks with the same last
+    tensor go in step.
+
     Args:
         *tensors: Of one shape, in any memory format.
 
     Yields:
-        Views of all the tensors: writing to a view writes to its tensor.
+        Parts of all the tensors. That of the last is always a view: writing to it writes to its tensor.
 
     Example:
-        >>> [tuple(view.shape for view in views) for views in pieces(torch.zeros(2, 3), torch.ones(2, 3))]
+        >>> [tuple(part.shape for part in parts) for parts in pieces(torch.zeros(2, 3), torch.ones(2, 3))]
         [(torch.Size([6]), torch.Size([6]))]
     """
-    first = tensors[0]
-    if all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True)
-    elif first.numel():
-        rows = max(1, CHUNK // (first.numel() // first.shape[0]))
+    last = tensors[-1]
+    if last.is_contiguous():
+        yield from zip(*(torch.split(tensor.reshape(-1), CHUNK) for tensor in tensors), strict=True)
+    elif last.numel():
+        rows = max(1, CHUNK // (last.numel() // last.shape[0]))
         yield from zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 

@@ -133,7 +133,7 @@ def test_no_hook_is_left_behind_after_an_exception(tmp_path):
         ({"sparsity": {}}, "`sparsity` must be a fraction, or fractions by glob"),
         ({"sparsity": {"*": 8}}, "`sparsity['*']` must be a fraction from 0 to 1, got 8; write 0.08"),
         ({"scope": "globl"}, "Did you mean 'global'"),
-        ({"scope": "erk", "sparsity": {"*": 0.5}}, "`scope` must be 'global' or 'layer'"),
+        ({"scope": "erk", "sparsity": {"*": 0.5}}, "`scope` must be 'global', 'layer' or 'output'"),
         ({"criterion": "magnitud"}, "Did you mean 'magnitude'"),
         ({"criterion": "no_such_package:score"}, "must be importable"),
         ({"threshold": 0}, "`threshold` must be above 0"),

@@ -52,7 +52,7 @@ def test_the_lowest_go_exactly_and_ties_by_position(shape, seed, levels, fractio
     weights = weights_of(shape, seed, dtype, levels)
     count = round(fraction * sum(shape))
     masks: dict[str, torch.Tensor] = {}
-    m.update_masks(weights, masks, [scopes.Pool(tuple(weights), count)], magnitude)
+    m.update_masks(weights, masks, [scopes.Pool(tuple(weights), count)], m.Rule(magnitude))
     expected = brute_force(weights, count)
     for name, weight in weights.items():
         assert masks[name].dtype == weight.dtype
@@ -64,13 +64,13 @@ def test_masks_are_monotone_in_the_level(shape, seed, a, b):
     low, high = sorted((round(a * sum(shape)), round(b * sum(shape))))
     weights = weights_of(shape, seed, levels=2)
     masks: dict[str, torch.Tensor] = {}
-    m.update_masks(weights, masks, [scopes.Pool(tuple(weights), low)], magnitude)
+    m.update_masks(weights, masks, [scopes.Pool(tuple(weights), low)], m.Rule(magnitude))
     before = {name: mask.clone() for name, mask in masks.items()}
     m.apply_masks(list(weights.values()), list(masks.values()))
     # Training moves what is alive; it may come to rest at exactly zero.
     for name in weights:
         weights[name] += masks[name] * torch.randn(weights[name].shape).round()
-    m.update_masks(weights, masks, [scopes.Pool(tuple(weights), high)], magnitude)
+    m.update_masks(weights, masks, [scopes.Pool(tuple(weights), high)], m.Rule(magnitude))
     expected = brute_force(weights, high, before)
     for name in weights:
         assert torch.equal(masks[name], expected[name])
@@ -86,7 +86,7 @@ def test_global_selection_equals_prune_global_unstructured(seed, amount):
     prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=amount)
     masks: dict[str, torch.Tensor] = {}
     pools = scopes.pools("global", {n: w.shape for n, w in weights.items()}, amount, 1.0)
-    m.update_masks(weights, masks, pools, magnitude)
+    m.update_masks(weights, masks, pools, m.Rule(magnitude))
     assert pools[0].count == round(amount * total)
     for i, layer in enumerate(layers):
         assert torch.equal(masks[str(i)], layer.weight_mask)
@@ -106,7 +106,7 @@ def test_selection_is_exact_across_pieces_and_memory_formats(monkeypatch):
     expected = brute_force(plain, 200)
     for weights in (plain, other):
         masks: dict[str, torch.Tensor] = {}
-        m.update_masks(weights, masks, [scopes.Pool(("a", "b", "c"), 200)], magnitude)
+        m.update_masks(weights, masks, [scopes.Pool(("a", "b", "c"), 200)], m.Rule(magnitude))
         for name, mask in masks.items():
             assert torch.equal(mask.flatten(), expected[name])
     assert masks["a"].stride() == other["a"].stride()
@@ -129,14 +129,14 @@ def test_float64_scores_are_told_apart_to_the_last_bit():
     base = torch.ones(5, dtype=torch.float64)
     weights = {"w": base + torch.tensor([3, 1, 4, 0, 2]) * 2.0**-52}
     masks: dict[str, torch.Tensor] = {}
-    m.update_masks(weights, masks, [scopes.Pool(("w",), 2)], magnitude)
+    m.update_masks(weights, masks, [scopes.Pool(("w",), 2)], m.Rule(magnitude))
     assert masks["w"].tolist() == [1, 0, 1, 0, 1]
 
 
 def test_weights_that_cannot_be_judged_stay():
     weights = {"w": torch.tensor([math.nan, 0.5, -math.nan, math.inf, 0.1])}
     masks: dict[str, torch.Tensor] = {}
-    m.update_masks(weights, masks, [scopes.Pool(("w",), 2)], magnitude)
+    m.update_masks(weights, masks, [scopes.Pool(("w",), 2)], m.Rule(magnitude))
     assert masks["w"].tolist() == [1, 0, 1, 1, 0]
 
 
@@ -195,7 +195,7 @@ def test_random_scores_are_reproducible_and_differ_between_weights():
 def test_random_masks_are_unrelated_to_the_weights():
     weights = {"w": torch.arange(10000.0)}
     masks: dict[str, torch.Tensor] = {}
-    m.update_masks(weights, masks, [scopes.Pool(("w",), 5000)], random)
+    m.update_masks(weights, masks, [scopes.Pool(("w",), 5000)], m.Rule(random))
     assert int(masks["w"].sum()) == 5000
     assert 2300 < int(masks["w"][:5000].sum()) < 2700
 
@@ -206,7 +206,7 @@ def test_a_large_selection_equals_a_sort(seed):
     generator = torch.Generator().manual_seed(seed)
     weights = {"a": torch.randn(70_000, generator=generator), "b": torch.randn(300_000, generator=generator)}
     masks: dict[str, torch.Tensor] = {}
-    m.update_masks(weights, masks, [scopes.Pool(("a", "b"), 123_456)], magnitude)
+    m.update_masks(weights, masks, [scopes.Pool(("a", "b"), 123_456)], m.Rule(magnitude))
     flat = torch.cat(list(weights.values())).abs()
     lowest = flat.argsort(stable=True)[:123_456]
     expected = torch.ones_like(flat)
