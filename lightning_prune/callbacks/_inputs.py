@@ -11,7 +11,14 @@ from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.deploy.calls import Call, explicit_call, untouched_rng
 from lightning_prune.deploy.capture import Rehearsal, first_call, inputs_from_batch
 
-__all__ = ["Call", "example_inputs", "first_batch", "inputs_from_batch", "validation_loaders"]
+__all__ = [
+    "Call",
+    "example_inputs",
+    "first_batch",
+    "inputs_from_batch",
+    "observed_call",
+    "validation_loaders",
+]
 
 
 def example_inputs(
@@ -46,6 +53,22 @@ def example_inputs(
         return explicit_call(array, device, dtype)
     rehearsal = Rehearsal(pl_module, module_name, trainer=trainer)
     return first_call(rehearsal, _batches(trainer, pl_module))
+
+
+def observed_call(trainer: Trainer, pl_module: LightningModule, module_name: str) -> Call | None:
+    """Return how the user's own steps call a submodule, or `None` if they never do.
+
+    Args:
+        trainer: The running trainer.
+        pl_module: The LightningModule; it stays untouched.
+        module_name: The dotted name of the submodule.
+
+    Returns:
+        The positional and the keyword arguments of the first call on a real batch.
+    """
+    rehearsal = Rehearsal(pl_module, module_name, trainer=trainer)
+    calls = (rehearsal.call(batch, step=step) for step, batch in _batches(trainer, pl_module))
+    return next((call for call in calls if call is not None), None)
 
 
 def _batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:

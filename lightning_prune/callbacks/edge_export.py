@@ -103,7 +103,8 @@ class EdgeExport(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process, so that the callback can be copied and pickled."""
-        return {**self.__dict__, "_owner": None, "_pruners": [], "_checked": False}
+        here = {"_owner": None, "_pruners": [], "_checked": False, "_restored_pruning": self._pruning()}
+        return {**self.__dict__, **here}
 
     # ------------------------------------------------------------------ state
 

@@ -1,0 +1,399 @@
+"""EdgeExport in real fits."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning.pytorch
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import pytorch_lightning as pl
+import torch
+from export_cases import QUICK, Inner, Net, hashes, loader, net_class, pruners, trainer
+from onnx import numpy_helper
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_prune import EdgeExport, MagnitudePruning, Quantize, Schedule, export
+from lightning_prune.deploy import files
+from lightning_prune.errors import (
+    ConfigurationError,
+    EvaluationError,
+    MissingDependencyError,
+    OutputError,
+    SelectionError,
+)
+from lightning_prune.report.results import Report
+
+pytestmark = [
+    # Lightning 2.6 still uses a name that torch's pytree is giving up.
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`:FutureWarning"),
+    # Tiny data on two cores: loaders without workers.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    # The directory of checkpoints that a resumed run goes on writing to.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    # A fit without validation data is one of the cases.
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+]
+THREE = ["dense.onnx", "pruned.int8.onnx", "pruned.onnx"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A fit that prunes channels and weights, exports, and keeps a checkpoint of every epoch."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    pl.seed_everything(0)
+    net, edge = Net(), EdgeExport(str(tmp_path / "edge"), profile=QUICK)
+    dense = {}
+
+    class Look(pl.Callback):
+        def on_before_pruning(self, trainer, pl_module):
+            dense.setdefault("module", copy.deepcopy(pl_module))
+
+    keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1, save_last=True)
+    running = trainer(
+        tmp_path, [Look(), *pruners(), edge, keep], logger=CSVLogger(tmp_path), enable_checkpointing=True
+    )
+    running.fit(net, loader(), loader(1))
+    return {"net": net, "edge": edge, "path": tmp_path, "dense": dense["module"], "trainer": running}
+
+
+def accuracy(path, seed=1):
+    session = onnxruntime.InferenceSession(str(path))
+    x, y = loader(seed).dataset.tensors
+    return float((session.run(None, {"x": x.numpy()})[0].argmax(1) == y.numpy()).mean())
+
+
+def test_the_files_and_the_report_are_there_and_nothing_else(run):
+    names = sorted(p.name for p in (run["path"] / "edge").iterdir())
+    assert names == sorted([*THREE, "report.json", "report.md", "report.html"])
+    assert sorted(p.name for p in run["path"].iterdir() if p.name.startswith(".")) == []
+
+
+def test_the_report_tells_what_is_in_the_files(run):
+    report = Report.load(run["path"] / "edge")
+    assert report == run["edge"].report
+    assert [v.name for v in report.variants] == ["dense", "pruned", "pruned.int8"]
+    for variant in report.variants:
+        path = run["path"] / "edge" / variant.file
+        assert variant.bytes == path.stat().st_size
+        assert variant.metrics["val_acc"] == pytest.approx(accuracy(path), abs=1e-6)
+        assert variant.latency_ms.p50 > 0
+    dense, pruned, int8 = report.variants
+    assert pruned.parameters < dense.parameters
+    assert pruned.nonzero < 0.6 * pruned.parameters
+    assert int8.parameters == pruned.parameters
+    assert int8.quantization["coverage"] == 1.0
+    assert max(v.parity["max_rel"] for v in (dense, pruned)) < 1e-4
+    assert {c["callback"] for c in report.pruning["callbacks"]} == {"StructuralPruning", "MagnitudePruning"}
+    assert [epoch for epoch, _ in report.training["curves"]["val_acc"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("name", "which"), [("dense", "dense"), ("pruned", "net")])
+def test_macs_are_those_of_the_flop_counter(run, name, which):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run[which].eval()(torch.zeros(1, 1, 8, 8))
+    assert run["edge"].report.variant(name).macs == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(("name", "which"), [("dense", "dense"), ("pruned", "net")])
+def test_a_file_computes_what_its_network_computes(run, name, which):
+    x = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        expected = run[which].eval()(x).numpy()
+    got = onnxruntime.InferenceSession(str(run["path"] / "edge" / f"{name}.onnx")).run(
+        None, {"x": x.numpy()}
+    )[0]
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_zeros_of_the_network_are_zeros_of_the_files(run):
+    weights = {k: v for k, v in run["net"].named_parameters() if v.dim() == 4}
+    for file, suffix in (("pruned.onnx", ""), ("pruned.int8.onnx", "_quantized")):
+        arrays = {
+            i.name: numpy_helper.to_array(i)
+            for i in onnx.load(str(run["path"] / "edge" / file)).graph.initializer
+        }
+        for name, weight in weights.items():
+            zeros = weight.detach().numpy() == 0
+            assert zeros.any()
+            assert not arrays[f"{name}{suffix}"][zeros].any()
+
+
+def test_the_headlines_are_in_the_users_logger(run):
+    text = (run["path"] / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "edge/pruned.int8/val_acc" in text
+    assert "edge/dense/p50_ms" in text
+
+
+def test_checkpoints_hold_plain_values_and_the_dense_network(run):
+    checkpoint = torch.load(run["path"] / "ckpt" / "last.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["EdgeExport"]
+    kept = state["baseline"]["state"]
+    expected = run["dense"].state_dict()
+    assert kept.keys() == expected.keys()
+    assert all(torch.equal(kept[k], expected[k]) for k in kept)
+    first = torch.load(run["path"] / "ckpt" / "epoch=0.ckpt", weights_only=True)
+    assert first["callbacks"]["EdgeExport"]["baseline"] is None
+
+
+def test_export_from_the_last_checkpoint_gives_the_same_files(run, tmp_path):
+    data = {"val": loader(1), "train": loader()}
+    ckpt = run["path"] / "ckpt" / "last.ckpt"
+    report = export(Net(), tmp_path / "again", ckpt_path=ckpt, dataloaders=data, profile=None)
+    assert hashes(tmp_path / "again") == hashes(run["path"] / "edge")
+    before = run["edge"].report
+    assert [v.metrics for v in report.variants] == [v.metrics for v in before.variants]
+    assert json.dumps(report.to_dict()["pruning"]) == json.dumps(before.to_dict()["pruning"])
+    assert report.to_dict()["training"] == before.to_dict()["training"]
+
+
+@pytest.mark.parametrize("epoch", [0, 1], ids=["before pruning", "while pruning"])
+def test_a_run_that_was_killed_and_resumed_exports_the_same_files(run, tmp_path, epoch):
+    pl.seed_everything(1)  # the resumed process starts from other weights
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None)
+    keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1, save_last=True)
+    running = trainer(tmp_path, [*pruners(), edge, keep], enable_checkpointing=True)
+    checkpoint = run["path"] / "ckpt" / f"epoch={epoch}.ckpt"
+    running.fit(Net(), loader(), loader(1), ckpt_path=checkpoint, weights_only=True)
+    assert hashes(tmp_path / "edge") == hashes(run["path"] / "edge")
+    assert edge.report.pruning == run["edge"].report.pruning
+    assert edge.report.training == run["edge"].report.training
+
+
+def test_the_trained_module_is_as_it_was(tmp_path):
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            state = {k: v.clone() for k, v in pl_module.state_dict().items()}
+            modes = [m.training for m in pl_module.modules()]
+            grads = [p.requires_grad for p in pl_module.parameters()]
+            seen.setdefault("all", []).append((state, modes, grads, torch.get_rng_state()))
+
+    net, edge = Net(), EdgeExport(str(tmp_path / "edge"), profile=None)
+    trainer(tmp_path, [Look(), edge, type("Look2", (Look,), {})()], max_epochs=1).fit(
+        net, loader(), loader(1)
+    )
+    (state, *rest), (after, *others) = seen["all"]
+    assert all(torch.equal(state[k], after[k]) for k in state)
+    assert rest[:2] == others[:2]
+    assert torch.equal(rest[2], others[2])
+
+
+@pytest.mark.parametrize("namespace", [pl, lightning.pytorch], ids=lambda n: n.__name__)
+def test_without_pruning_there_is_a_dense_file_and_its_int8_twin(namespace, tmp_path):
+    net = net_class(namespace.LightningModule)()
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None)
+    trainer(tmp_path, [edge], namespace, max_epochs=1).fit(net, loader(), loader(1))
+    assert sorted(hashes(tmp_path / "edge")) == ["dense.int8.onnx", "dense.onnx"]
+    assert set(edge.report.variant("dense.int8").metrics) == {"val_loss", "val_acc"}
+    assert edge.report.variant("dense").missing["latency_ms"] == "not asked for"
+
+
+def test_a_submodule_is_exported_and_measured_where_the_loop_calls_it(tmp_path):
+    net, edge = Inner(), EdgeExport(str(tmp_path / "edge"), module="model", profile=None, quantize=None)
+    trainer(tmp_path, [*pruners(), edge]).fit(net, loader(), loader(1))
+    graph = onnx.load(str(tmp_path / "edge" / "pruned.onnx")).graph
+    assert [i.name for i in graph.input] == ["input"]
+    assert "0.weight" in {i.name for i in graph.initializer}
+    assert sorted(hashes(tmp_path / "edge")) == ["dense.onnx", "pruned.onnx"]
+    assert "val_acc" in edge.report.variant("pruned").metrics
+
+
+def test_a_second_fit_keeps_the_baseline_and_another_module_takes_its_own(tmp_path):
+    net, edge = Net(), EdgeExport(str(tmp_path / "edge"), profile=None, quantize=None)
+    mask = MagnitudePruning(0.5, schedule=Schedule("one_shot", begin=0.5))
+    trainer(tmp_path, [mask, edge], max_epochs=2).fit(net, loader(), loader(1))
+    first = hashes(tmp_path / "edge")
+    trainer(tmp_path, [mask, edge], max_epochs=2).fit(net, loader(), loader(1))
+    second = hashes(tmp_path / "edge")
+    assert second["dense.onnx"] == first["dense.onnx"]
+    assert second["pruned.onnx"] != first["pruned.onnx"]
+    torch.manual_seed(9)
+    trainer(tmp_path, [mask, edge], max_epochs=2).fit(Net(), loader(), loader(1))
+    assert hashes(tmp_path / "edge")["dense.onnx"] != first["dense.onnx"]
+
+
+def test_fast_dev_run_exports_nothing_and_says_so(tmp_path, caplog):
+    edge = EdgeExport(str(tmp_path / "edge"))
+    running = pl.Trainer(fast_dev_run=True, accelerator="cpu", callbacks=[edge], logger=False)
+    with caplog.at_level("INFO"):
+        running.fit(Net(), loader(), loader(1))
+    assert "nothing is exported in a fast_dev_run" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_validation_data_the_report_says_that_there_is_no_accuracy(tmp_path):
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None)
+    trainer(tmp_path, [edge], max_epochs=1, limit_val_batches=0).fit(Net(), loader())
+    assert edge.report.variant("dense").missing["metrics"] == "no validation data"
+    assert sorted(hashes(tmp_path / "edge")) == ["dense.int8.onnx", "dense.onnx"]
+
+
+def test_a_full_disk_keeps_the_last_export_the_module_and_the_checkpoints(tmp_path, monkeypatch):
+    keep = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None)
+    trainer(tmp_path, [edge], max_epochs=1).fit(Net(), loader(), loader(1))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "edge").iterdir()}
+    written = []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    net = Net()
+    running = trainer(tmp_path, [edge, keep], max_epochs=2, enable_checkpointing=True)
+    with pytest.raises(OutputError, match="No space left on device"):
+        running.fit(net, loader(), loader(1))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "edge").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "edge"]
+    saved = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(torch.equal(v, saved["state_dict"][k]) for k, v in net.state_dict().items())
+
+
+class Never(pl.Callback):
+    def on_train_batch_start(self, *args):
+        raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "net", "error", "message"),
+    [
+        ({"module": "modle"}, Net, SelectionError, r"`module`.*'modle'.*Did you mean 'model'"),
+        ({}, Inner, EvaluationError, r"never calls Inner\.forward.*module='model'"),
+        ({"module": "model.3"}, Inner, None, ""),
+    ],
+    ids=["unknown module", "never called", "called inside"],
+)
+def test_what_cannot_work_is_refused_before_training(tmp_path, arguments, net, error, message):
+    edge = EdgeExport(str(tmp_path / "edge"), **arguments)
+    running = trainer(tmp_path, [Never(), edge])
+    with pytest.raises(error or AssertionError, match=message or "training has begun"):
+        running.fit(net(), loader(), loader(1))
+
+
+def test_an_unwritable_dirpath_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    running = trainer(tmp_path, [Never(), EdgeExport(str(tmp_path / "file" / "edge"))])
+    with pytest.raises(OutputError, match="choose a dirpath"):
+        running.fit(Net(), loader(), loader(1))
+
+
+def test_a_missing_onnxruntime_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    running = trainer(tmp_path, [Never(), EdgeExport(str(tmp_path / "edge"))])
+    with pytest.raises(
+        MissingDependencyError, match=r"EdgeExport needs onnxruntime: pip install 'onnxruntime'"
+    ):
+        running.fit(Net(), loader(), loader(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dirpath": ""}, "`dirpath`"),
+        ({"quantize": "static"}, r"`quantize`.*write Quantize\(\)"),
+        ({"profile": True}, r"`profile`.*write Profile\(\)"),
+        ({"max_drop": {"val_acc": -0.1}}, r"`max_drop\['val_acc'\]`"),
+        ({"max_drop": {"val_acc": 0.1}, "quantize": None}, "`max_drop` must be None without `quantize`"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        EdgeExport(**arguments)
+
+
+def test_the_most_sensitive_layers_stay_in_float_until_the_metric_holds(tmp_path, monkeypatch):
+    """Quantization is made to hurt: each quantized convolution costs the loss."""
+    from lightning_prune import _pipeline
+
+    genuine = _pipeline.evaluate_file
+    session = onnxruntime.InferenceSession
+
+    def harsh(module, exported, *args, **kwargs):
+        metrics = genuine(module, exported, *args, **kwargs)
+        session(str(exported.path))
+        quantized = b"3.weight_quantized" in exported.path.read_bytes()
+        return {**metrics, "val_acc": metrics["val_acc"] - 0.2 * quantized}
+
+    monkeypatch.setattr(_pipeline, "evaluate_file", harsh)
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None, max_drop={"val_acc": 0.1})
+    trainer(tmp_path, [edge], max_epochs=1).fit(Net(), loader(), loader(1))
+    report = edge.report.variant("dense.int8").quantization
+    table = report["search"]
+    assert table[0]["kept"] == []
+    assert not table[0]["holds"]
+    assert "model.3" in report["excluded"]
+    assert [item["name"] for item in report["float_operators"]] == report["excluded"]
+    dense, int8 = edge.report.variants
+    assert dense.metrics["val_acc"] - int8.metrics["val_acc"] <= 0.1
+
+
+def test_quantize_from_validation_batches(tmp_path):
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None, quantize=Quantize(source="val", batches=2))
+    trainer(tmp_path, [edge], max_epochs=1).fit(Net(), loader(), loader(1))
+    assert edge.report.variant("dense.int8").quantization["batches"] == 2
+
+
+DDP = """
+    import sys
+    sys.path.insert(0, sys.argv[2])
+    import pytorch_lightning as pl
+    import torch
+    from torchmetrics import Accuracy
+    from export_cases import Net, loader, pruners, trainer
+    from lightning_prune import EdgeExport, MagnitudePruning, Schedule
+
+    class Metric(Net):
+        def __init__(self):
+            super().__init__()
+            self.accuracy = Accuracy("multiclass", num_classes=3)
+
+        def validation_step(self, batch, batch_idx):
+            self.accuracy(self(batch[0]), batch[1])
+            self.log("val_acc", self.accuracy, sync_dist=True)
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        pl.seed_everything(0)
+        edge = EdgeExport(sys.argv[1], profile=None, module=sys.argv[3] or None)
+        mask = MagnitudePruning(0.5, schedule=Schedule("one_shot", begin=0.5))
+        running = trainer(".", [mask, edge], max_epochs=2, strategy="ddp", devices=2)
+        running.fit(Metric(), loader(), loader(1, n=90))
+        print("rank", running.global_rank, "done", flush=True)
+"""
+
+
+def ddp(tmp_path, module=""):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(DDP))
+    here = str(Path(__file__).parent)
+    command = [sys.executable, str(script), str(tmp_path / "edge"), here, module]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+
+def test_two_processes_export_once_and_validate_on_all_of_the_data(tmp_path):
+    done = ddp(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 done" in done.stdout
+    report = Report.load(tmp_path / "edge")
+    session = onnxruntime.InferenceSession(str(tmp_path / "edge" / "pruned.onnx"))
+    x, y = loader(1, n=90).dataset.tensors
+    right = session.run(None, {"x": x.numpy()})[0].argmax(1) == y.numpy()
+    assert report.variant("pruned").metrics["val_acc"] == pytest.approx(right.mean(), abs=1e-6)
