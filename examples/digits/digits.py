@@ -33,10 +33,10 @@ class Digits(LightningModule):
 
     Args:
         width: Channels of the first layer; later ones have two and four times as many.
-        lr: Peak learning rate of AdamW under a cosine schedule.
+        lr: Initial learning rate of AdamW under a cosine schedule.
     """
 
-    def __init__(self, width: int = 32, lr: float = 2e-3) -> None:
+    def __init__(self, width: int = 32, lr: float = 1e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
@@ -66,7 +66,7 @@ class Digits(LightningModule):
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.AdamW(self.parameters(), self.hparams["lr"], weight_decay=0.02)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams["lr"], steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
