@@ -2,13 +2,14 @@
 
 No callback's hook runs before Lightning's strict load, but the module's own `on_load_checkpoint` does. So the
 instance gets one that reshapes first and then calls the class's, and an `on_save_checkpoint` that adds the
-manifest. Both are module-level functions, bound with `MethodType`: a copy of the module gets its own.
+manifest. Both are module-level functions bound with `partial`: a copy of the module, by `deepcopy` or pickle,
+gets its own (a bound method would be looked up on the copy's class).
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,8 +30,8 @@ def install(module: LightningModule) -> None:
     """
     if _DENSE not in vars(module):
         vars(module)[_DENSE] = manifest.describe(module)
-    vars(module)["on_load_checkpoint"] = MethodType(on_load_checkpoint, module)
-    vars(module)["on_save_checkpoint"] = MethodType(on_save_checkpoint, module)
+    vars(module)["on_load_checkpoint"] = partial(on_load_checkpoint, module)
+    vars(module)["on_save_checkpoint"] = partial(on_save_checkpoint, module)
 
 
 def uninstall(module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune._lightning import NAMESPACES, LightningModule, Trainer
-from lightning_prune.callbacks._inputs import example_inputs
+from lightning_prune.callbacks._inputs import example_inputs, observed_call
 from lightning_prune.errors import TracingError
 from lightning_prune.structure.plan import Example
 
@@ -62,10 +62,9 @@ def find(
     calls: dict[str, Any] = {}
     for name, child in pl_module.named_children():
         if any(isinstance(layer, MAKERS) for layer in child.modules()):
-            try:
-                calls[name] = example_inputs(trainer, pl_module, name)
-            except TracingError:
-                continue
+            call = observed_call(trainer, pl_module, name)
+            if call is not None:
+                calls[name] = call
     if not calls:
         raise TracingError(
             f"{owner}: {type(pl_module).__name__} has no `forward`, and its steps call none of its networks; "

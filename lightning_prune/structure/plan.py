@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.errors import BudgetError, TracingError
+from lightning_prune.errors import BudgetError, ConfigurationError, TracingError
 from lightning_prune.structure.budget import Budget, Costs, give_back, kept_after, order, search
 from lightning_prune.structure.graph import trace
 from lightning_prune.structure.groups import Group
@@ -96,12 +96,18 @@ def survey(
 
     Raises:
         TracingError: The network cannot be traced.
+        ConfigurationError: It has no layer that could lose channels.
     """
     groups = trace(module, example.args, example.kwargs)
+    if not groups:
+        raise ConfigurationError(
+            f"{type(module).__name__} has no layer that structural pruning can cut: it makes no call of a "
+            "convolution or linear layer."
+        )
     makers = {
         group.name: {m.module for m in group.members if m.side == "out"} | {group.name} for group in groups
     }
-    chosen = set(choose(sorted(set().union(*makers.values()))) if groups else ())
+    chosen = set(choose(sorted(set().union(*makers.values()))))
     left = {name: sorted(made - chosen) for name, made in makers.items()}
     groups = [
         replace(g, reason=f"{left[g.name][0]} is not selected") if left[g.name] and not g.reason else g

@@ -59,7 +59,7 @@ def test_ties_stay_tied():
     net = Tied()
     kept = torch.arange(0, 24, 2)
     names = ("encoder.weight", "decoder.weight")
-    apply(net, Change({name: ((1, kept),) for name in names}, {}))
+    apply(net, Change(dict.fromkeys(names, ((1, kept),)), {}))
     assert net.encoder.weight is net.decoder.weight
     assert net.encoder.weight.shape == (16, 12)
 
