@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_prune.deploy.energy import find_counters
 from lightning_prune.deploy.environment import environment
 from lightning_prune.deploy.latency import RUNS_FOR_P90, RUNS_FOR_P99, is_noisy, speedup, summarize
 from lightning_prune.deploy.roofline import measure_peak
-from lightning_prune.errors import ConfigurationError, ProfileError
+from lightning_prune.errors import ConfigurationError, MissingDependencyError, ProfileError
 
 ENGINES = ("onnxruntime", "openvino")
 Progress = Callable[[str, float], None]
@@ -47,6 +48,7 @@ class Profile:
 
     Raises:
         ConfigurationError: A value is out of range.
+        MissingDependencyError: The engine is not installed.
 
     Example:
         >>> Profile(threads=2).rounds
@@ -72,6 +74,10 @@ class Profile:
             raise ConfigurationError.of("Profile", "max_seconds", "at least 1 second", self.max_seconds)
         if self.engine not in ENGINES:
             raise ConfigurationError.of("Profile", "engine", f"one of {', '.join(ENGINES)}", self.engine)
+        if self.engine != "onnxruntime" and find_spec(self.engine) is None:
+            raise MissingDependencyError.of(
+                self.engine, f"Profile(engine={self.engine!r})", f"lightning-prune[{self.engine}]"
+            )
         for key, size in self.dims.items():
             if not isinstance(size, int) or size < 1:
                 raise ConfigurationError.of("Profile", f"dims[{key!r}]", "a whole number of at least 1", size)

@@ -36,7 +36,7 @@ def render_markdown(report: Report) -> str:
     said = remarks(report)
     if said:
         parts.append("\n".join(f"> **Note:** {escape(sentence)}\n>" for sentence in said).removesuffix("\n>"))
-    parts.append(_variants(report))
+    parts.append(variants_table(report))
     notes = [sentence for sentence in (profile_sentence(report), *missing(report)) if sentence]
     parts.extend(escape(sentence) for sentence in notes)
     parts.extend(_operators(report))
@@ -64,7 +64,8 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]], right: bool = F
     return "\n".join(f"| {' | '.join(line)} |" for line in (body[0], rule, *body[1:]))
 
 
-def _variants(report: Report) -> str:
+def variants_table(report: Report) -> str:
+    """Return the table of all measures of all variants, with their comparisons."""
     lines = []
     for row in rows(report):
         cells = [f"{c.value} ({c.compared})" if c.compared else c.value for c in row.cells]
