@@ -145,7 +145,7 @@ def forget(state: Mapping[str, object], where: Tensor) -> None:
     Args:
         state: The optimizer's state of one parameter; its tensors of the parameter's shape are changed in
             place.
-        where: bool, True for the weights to clear.
+        where: Not zero (or True) for the weights to clear.
 
     Example:
         >>> momentum = torch.ones(3)
@@ -155,4 +155,4 @@ def forget(state: Mapping[str, object], where: Tensor) -> None:
     """
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == where.shape and value.dim():
-            value.masked_fill_(where, 0)
+            value.mul_((where == 0).to(value.dtype))
