@@ -8,7 +8,7 @@ memory, time by operator and energy come from further fresh processes, so that t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_prune.deploy._profile_protocol import AGAIN, baseline_of, describe_protocol, trust_warnings
 from lightning_prune.deploy._profile_run import ChildError, Entries, Job, run_child
 from lightning_prune.deploy.energy import find_counters
 from lightning_prune.deploy.environment import environment
-from lightning_prune.deploy.latency import RUNS_FOR_P90, RUNS_FOR_P99, is_noisy, speedup, summarize
+from lightning_prune.deploy.latency import RUNS_FOR_P90, RUNS_FOR_P99, speedup, summarize
 from lightning_prune.deploy.roofline import measure_peak
 from lightning_prune.errors import ConfigurationError, MissingDependencyError, ProfileError
 
 ENGINES = ("onnxruntime", "openvino")
 Progress = Callable[[str, float], None]
-_AGAIN = "baseline, again"
 # What one further process costs besides its own work: starting Python, importing, loading.
 _START_SECONDS = 1.0
 
@@ -158,7 +158,7 @@ def profile_files(
         share = left / (len(paths) - number)
         measured[name] = {} if name in failed else _measure_apart(job, str(path), config.operators, share)
     tell("memory and operators", 1.0)
-    protocol = _protocol(config, timed, list(paths), job.inputs is not None)
+    protocol = describe_protocol(config, timed, list(paths), job.inputs is not None)
     if config.roofline:
         protocol["peak_gmacs"] = measure_peak(job)
     protocol["total_seconds"] = round(time.monotonic() - started, 2)
@@ -167,19 +167,8 @@ def profile_files(
         protocol=protocol,
         noisy=protocol["noisy"],
         environment=environment(),
-        warnings=_warnings(config, protocol, failed),
+        warnings=trust_warnings(config, protocol, failed),
     )
-
-
-def baseline_of(names: Iterable[str]) -> str:
-    """Return the name that ratios are taken to: `"dense"` if it is there, else the first.
-
-    Example:
-        >>> baseline_of(["pruned", "dense"]), baseline_of(["a", "b"])
-        ('dense', 'a')
-    """
-    known = list(names)
-    return "dense" if "dense" in known else known[0]
 
 
 def _existing(files: Mapping[str, str | Path]) -> dict[str, Path]:
@@ -215,15 +204,15 @@ def _time_all(
         entries = [(name, str(paths[name])) for name in names]
         try:
             timed = run_child(
-                job, "latency", [*entries, (_AGAIN, str(paths[baseline_of(names)]))], seconds, tell
+                job, "latency", [*entries, (AGAIN, str(paths[baseline_of(names)]))], seconds, tell
             )
         except ChildError as error:
-            culprit = baseline_of(names) if error.key == _AGAIN else error.key
+            culprit = baseline_of(names) if error.key == AGAIN else error.key
             if culprit not in names:
                 raise
             failed[culprit] = f"the profiling process ended early: {error.reason}"
             continue
-        failed.update({name: reason for name, reason in timed["failed"].items() if name != _AGAIN})
+        failed.update({name: reason for name, reason in timed["failed"].items() if name != AGAIN})
         if timed["times_ns"]:
             return timed, failed
 
@@ -265,30 +254,6 @@ def _energy(job: Job, entries: Entries) -> tuple[float | None, str | None]:
     return result["value"], result["reason"]
 
 
-def _protocol(config: Profile, timed: dict[str, Any], names: list[str], real_inputs: bool) -> dict[str, Any]:
-    """Say how the times were taken, and how the baseline compared to itself."""
-    times, baseline = timed["times_ns"], baseline_of(names)
-    # If the baseline itself failed, its place in the dense-against-dense row was taken by the next file.
-    twice = baseline if baseline in times else baseline_of(name for name in times if name != _AGAIN)
-    again = speedup(times[twice], times[_AGAIN]) if _AGAIN in times else None
-    rounds, seconds = len(times[twice]), timed["seconds"]
-    return {
-        "engine": config.engine,
-        "threads": config.threads,
-        "batch": config.batch,
-        "inputs": "real" if real_inputs else "random",
-        "rounds": rounds,
-        "seconds": round(seconds, 3),
-        "baseline": baseline,
-        "again": again,
-        "noisy": is_noisy(again),
-        "pinned": timed["pinned"],
-        "cpu_share": round(timed["cpu_seconds"] / (seconds * config.threads), 3) if seconds else None,
-        "load_average": timed["load"],
-        "warm_up": {name: warm for name, warm in timed["warmup"].items() if name != _AGAIN},
-    }
-
-
 def _file_profile(
     name: str, timed: dict[str, Any], failed: dict[str, str], apart: dict[str, Any], protocol: dict[str, Any]
 ) -> FileProfile:
@@ -312,28 +277,3 @@ def _file_profile(
         energy_mj=apart.get("energy_mj"),
         missing=missing,
     )
-
-
-def _warnings(config: Profile, protocol: dict[str, Any], failed: dict[str, str]) -> tuple[str, ...]:
-    """Say what a reader must know before trusting the numbers."""
-    found = [f"{name} could not be profiled: {reason}." for name, reason in failed.items()]
-    again = protocol["again"]
-    if again is None:
-        found.append(f"Only {protocol['rounds']} rounds were timed: the noise of the machine is unknown.")
-    elif protocol["noisy"]:
-        found.append(
-            f"The machine was noisy: {protocol['baseline']} against itself came out at {again['value']:.2f}x "
-            f"(95 % interval {again['low']:.2f} to {again['high']:.2f}). "
-            "Do not trust speed-ups that are not clearly larger, and measure again on a quiet machine."
-        )
-    if protocol["rounds"] < min(RUNS_FOR_P90, config.rounds):
-        found.append(
-            f"Only {protocol['rounds']} rounds fitted into {config.max_seconds:g} s, so there is no p90: "
-            "raise Profile(max_seconds=...)."
-        )
-    restless = [name for name, warm in protocol["warm_up"].items() if not warm["settled"]]
-    if restless:
-        found.append(f"The times of {', '.join(restless)} had not settled when the warm-up ended.")
-    if protocol["pinned"]["reason"]:
-        found.append(f"The profile was not pinned as asked: {protocol['pinned']['reason']}.")
-    return tuple(found)

@@ -11,6 +11,9 @@ from lightning_prune.report.layers import courses, curves
 from lightning_prune.report.observations import faster
 from lightning_prune.report.results import Report
 
+# What the pruning callbacks log of themselves: the first panel shows it already.
+_OWN_CURVES = ("sparsity", "macs", "params", "channels", "latency")
+_PANELS = 6
 # Operators beyond these are drawn as one, "other".
 _OPERATORS = 6
 
@@ -78,17 +81,19 @@ class Segment:
 
 
 def latency_bars(report: Report) -> tuple[Bar, ...]:
-    """Return a bar for each timed variant: the median, on to the p90, a tick at the p99."""
+    """Return a bar for each timed variant: the median, on to the p90, a tick at the p99 if it is near."""
     timed = [(v.name, v.latency_ms) for v in report.variants if v.latency_ms is not None]
     if not timed:
         return ()
-    whole = max(max(t.p50, t.p90 or 0, t.p99 or 0) for _, t in timed)
+    # A p99 of many times the median, as on a busy machine, would squash all bars: it is told, not drawn.
+    widest = max(max(t.p50, t.p90 or 0) for _, t in timed)
+    whole = max(widest, *(t.p99 or 0 for _, t in timed if (t.p99 or 0) < 1.5 * widest), 0)
     bars = []
     for name, times in timed:
         parts = [("p90", times.p90), ("p99", times.p99)]
         note = ", ".join(f"{key} {text.digits(value)}" for key, value in parts if value is not None)
         reach = None if times.p90 is None else 100 * times.p90 / whole
-        tick = None if times.p99 is None else 100 * times.p99 / whole
+        tick = None if times.p99 is None or times.p99 > whole else 100 * times.p99 / whole
         bars.append(Bar(name, 100 * times.p50 / whole, text.milliseconds(times.p50), reach, tick, note))
     return tuple(bars)
 
@@ -162,7 +167,8 @@ def schedule_panels(report: Report) -> tuple[tuple[Panel, ...], tuple[Tick, ...]
     """Return the schedule as it ran and the fit's own curves, over one axis of epochs."""
     ran = courses(report)
     epochs = [course_epochs(course.points) for course in ran]
-    fitted = curves(report)
+    foreign = [(name, line) for name, line in curves(report).items() if not name.startswith(_OWN_CURVES)]
+    fitted = dict(foreign[:_PANELS])
     ends = [x for xs in epochs for x in xs] + [x for points in fitted.values() for x, _ in points]
     if not ran or not ends:
         return (), ()

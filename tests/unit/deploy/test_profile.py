@@ -12,8 +12,9 @@ import pytest
 from jsonargparse import ArgumentParser
 from onnx_files import conv_file, embedding_file
 
+from lightning_prune.deploy._profile_protocol import baseline_of, trust_warnings
 from lightning_prune.deploy._profile_run import ChildError, Job, run_child
-from lightning_prune.deploy.profile import Profile, baseline_of, profile_files
+from lightning_prune.deploy.profile import Profile, profile_files
 from lightning_prune.errors import ConfigurationError, ProfileError
 
 QUICK = Profile(rounds=30, max_seconds=4, operators=False, roofline=False)
@@ -254,3 +255,30 @@ def test_settings_come_from_yaml_and_go_back():
 def test_baseline_is_dense_wherever_it_stands():
     assert baseline_of(["pruned", "dense"]) == "dense"
     assert baseline_of(["b", "a"]) == "b"
+
+
+QUIET = {
+    "again": {"value": 1.0, "low": 0.99, "high": 1.01}, "noisy": False, "baseline": "dense", "rounds": 1000,
+    "cpu_share": 0.99, "warm_up": {"dense": {"settled": True}}, "pinned": {"reason": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        (
+            {"noisy": True, "again": {"value": 1.1, "low": 1.0, "high": 1.2}},
+            "dense against itself came out at 1.10x",
+        ),
+        ({"again": None, "noisy": True}, "noise of the machine is unknown"),
+        ({"cpu_share": 0.5}, "the timing had 50% of its core"),
+        ({"rounds": 40}, "Only 40 rounds fitted"),
+        ({"warm_up": {"dense": {"settled": False}}}, "times of dense had not settled"),
+        ({"pinned": {"reason": "no such call"}}, "not pinned as asked: no such call"),
+    ],
+)
+def test_what_weakens_the_numbers_is_said(changes, words):
+    said = trust_warnings(Profile(), {**QUIET, **changes}, {})
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
