@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from lightning_prune.callbacks import _network
 from lightning_prune.callbacks._preflight import show
-from lightning_prune.callbacks.edge_export import EdgeExport
+from lightning_prune.callbacks.edge_export import EdgeExport, progress_bar
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.cost import count_parameters
 from lightning_prune.deploy.files import write_whole
-from lightning_prune.deploy.profile import Profile, profile_files
+from lightning_prune.deploy.profile import Profile
 from lightning_prune.errors import BudgetError, ConfigurationError
 from lightning_prune.exporting import export
-from lightning_prune.report.protocol import with_profile
-from lightning_prune.report.results import Report, Variant
+from lightning_prune.report.compare import compare_files, print_comparison
+from lightning_prune.report.profiled import profile_report
 from lightning_prune.report.table import print_table
 from lightning_prune.selection import match_names, select_weights
 from lightning_prune.structure.budget import widths
@@ -57,14 +56,7 @@ class Commands:
         if ckpt_path is None:
             raise ConfigurationError.of("export", "ckpt_path", "a checkpoint", None, "add --ckpt_path FILE")
         how = next((c for c in self.callbacks if isinstance(c, EdgeExport)), None) or EdgeExport()
-        with Bar(transient=True) as bar:
-            tasks: dict[str, Any] = {}
-
-            def tell(stage: str, fraction: float) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bar.add_task(stage, total=1.0)
-                bar.update(tasks[stage], completed=fraction)
-
+        with progress_bar() as tell:
             report = export(
                 model,
                 dirpath or how.dirpath,
@@ -148,7 +140,7 @@ def _inspect_weights(model: Any, callback: MagnitudePruning, console: Console) -
 
 
 def profile(argv: Sequence[str]) -> None:
-    """Measure ONNX files side by side and print a table.
+    """Measure ONNX files side by side, and print a table.
 
     Args:
         argv: The command line after `profile`.
@@ -157,32 +149,34 @@ def profile(argv: Sequence[str]) -> None:
         ConfigurationError: A file does not exist, or an option is out of range.
         ProfileError: No file could be timed.
     """
-    from jsonargparse import ArgumentParser
-
     parser = ArgumentParser(prog="lightning-prune profile", description="Measure ONNX files side by side.")
-    parser.add_argument("files", nargs="+", type=str, help="the ONNX files; the first is the baseline")
-    parser.add_argument("--json", type=str, default=None, help="where to write the report as JSON as well")
+    parser.add_argument("files", nargs="+", type=str, help="dense.onnx, else the first, is the baseline")
+    parser.add_argument("--json", type=str, help="also write the report there")
     parser.add_class_arguments(Profile)
     options = parser.parse_args(list(argv)).as_dict()
-    files, target = [Path(name) for name in options.pop("files")], options.pop("json")
-    names = _names(files)
-    with Bar(transient=True) as bar:
-        task = bar.add_task("profile", total=1.0)
-
-        def tell(stage: str, fraction: float) -> None:
-            bar.update(task, description=stage, completed=fraction)
-
-        result = profile_files(dict(zip(names, files, strict=True)), Profile(**options), progress=tell)
-    variants = [
-        Variant(name, file=file.name, bytes=file.stat().st_size)
-        for name, file in zip(names, files, strict=True)
-    ]
-    report = with_profile(Report(variants=tuple(variants)), result)
+    files, target = options.pop("files"), options.pop("json")
+    with progress_bar() as tell:
+        report = profile_report(files, Profile(**options), progress=tell)
     print_table(report)
-    if target:
+    if target is not None:
         write_whole(target, report.to_json().encode())
 
 
-def _names(files: Sequence[Path]) -> list[str]:
-    stems = [file.stem for file in files]
-    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
+def compare(argv: Sequence[str]) -> None:
+    """Print the reports of several runs side by side.
+
+    Args:
+        argv: The command line after `compare`.
+
+    Raises:
+        ConfigurationError: There are fewer than two reports, or one cannot be read.
+    """
+    parser = ArgumentParser(prog="lightning-prune compare", description="Compare the reports of runs.")
+    parser.add_argument("paths", nargs="+", type=str, help="report.json files, or directories with one")
+    parser.add_argument("--variant", type=str, help="compare only this one")
+    options = parser.parse_args(list(argv))
+    print_comparison(compare_files(options.paths, options.variant))
+
+
+MEASURING = {"profile": profile, "compare": compare}
+"""Subcommands that need no config, model or Trainer."""

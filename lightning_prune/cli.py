@@ -14,16 +14,14 @@ from lightning_prune import _commands
 from lightning_prune._lightning import NAMESPACES
 from lightning_prune.errors import LightningPruneError
 
-_MEASURING = ("profile",)
-
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; what `lightning-prune` calls.
 
     `fit`, `validate`, `test` and `predict` are LightningCLI's. `export` does after training what `EdgeExport`
     does at its end; `inspect` shows what pruning could do, and trains nothing. Both take the config of the
-    fit. `profile` measures ONNX files. Modules in the working directory and beside a `--config` file can be
-    named in it.
+    fit. `profile` measures ONNX files, and `compare` sets the reports of several runs side by side. Modules
+    in the working directory and beside a `--config` file can be named in it.
 
     Args:
         args: The command line without the program's name; by default the process's.
@@ -37,8 +35,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     try:
-        if argv and argv[0] in _MEASURING:
-            _commands.profile(argv[1:])
+        if argv and argv[0] in _commands.MEASURING:
+            _commands.MEASURING[argv[0]](argv[1:])
         else:
             run(args, namespace(argv, configs))
     except LightningPruneError as error:
@@ -76,7 +74,7 @@ def run(args: Sequence[str] | None, lightning: str) -> Any:
         args=None if args is None else list(args),
         trainer_class=Trainer,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lightning-prune"},
+        parser_kwargs={"prog": "lightning-prune", "epilog": "Also: lightning-prune profile, and compare."},
     )
 
 

@@ -36,7 +36,7 @@ class Digits(LightningModule):
         lr: Initial learning rate of AdamW under a cosine schedule.
     """
 
-    def __init__(self, width: int = 32, lr: float = 1e-3) -> None:
+    def __init__(self, width: int = 32, lr: float = 2e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())

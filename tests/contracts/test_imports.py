@@ -28,6 +28,7 @@ LAYERS = {
     "callbacks": 5,
     "_commands": 6,
     "cli": 7,
+    "__main__": 8,
     "__init__": 8,
 }
 APART = [("sparsity", "structure"), ("sparsity", "deploy"), ("structure", "deploy")]

@@ -1,0 +1,121 @@
+"""The `lightning-prune` command as a user types it, on the quickstart's config made small."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_prune.cli import namespace
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--trainer.max_epochs=3", "--model.width=8"]
+
+
+def command(*words, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    line = [sys.executable, "-m", "lightning_prune", *words]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copytree(ROOT / "examples" / "digits", folder / "digits")
+    done = command("fit", "--config", "digits/config.yaml", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+@pytest.fixture
+def report(fitted):
+    return json.loads((fitted[0] / "runs" / "digits" / "edge" / "report.json").read_text())
+
+
+def test_fit_ends_with_a_table_and_a_report_of_three_variants(fitted, report):
+    assert [variant["name"] for variant in report["variants"]] == ["dense", "pruned", "pruned.int8"]
+    for words in ("File size", "MACs", "Latency p50", "Peak memory", "pruned.int8", "val_acc"):
+        assert words in fitted[1]
+
+
+def test_fit_meets_its_budgets(report):
+    dense, pruned = report["variants"][:2]
+    assert pruned["macs"] <= dense["macs"] / 2
+    assert pruned["nonzero"] <= 0.42 * pruned["parameters"]
+
+
+def test_export_of_the_checkpoint_gives_the_same_files(fitted):
+    folder, _ = fitted
+    last = "runs/digits/checkpoints/last.ckpt"
+    done = command(
+        "export",
+        "--config",
+        "digits/config.yaml",
+        *SMALL,
+        "--ckpt_path",
+        last,
+        "--dirpath",
+        "again",
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("dense.onnx", "pruned.onnx", "pruned.int8.onnx"):
+        assert (folder / "again" / name).read_bytes() == (folder / "runs/digits/edge" / name).read_bytes()
+    compared = command("compare", "runs/digits/edge", "again", cwd=folder)
+    assert compared.returncode == 0, compared.stderr[-2000:]
+    assert "again" in compared.stdout
+
+
+def test_export_without_a_checkpoint_says_what_to_add(fitted):
+    done = command("export", "--config", "digits/config.yaml", cwd=fitted[0])
+    assert done.returncode == 1
+    assert "--ckpt_path" in done.stderr
+
+
+def test_inspect_names_what_can_be_pruned_and_what_cannot(fitted):
+    done = command("inspect", "--config", "digits/config.yaml", cwd=fitted[0])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "its channels are an output of the" in " ".join(done.stdout.split())
+    assert "smallest possible" in done.stdout
+    assert "blocks.2.conv2.weight" in done.stdout
+
+
+def test_profile_measures_files_and_writes_json(fitted):
+    edge = fitted[0] / "runs" / "digits" / "edge"
+    done = command("profile", "dense.onnx", "pruned.onnx", "--max_seconds=3", "--json=p.json", cwd=edge)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((edge / "p.json").read_text())
+    assert [variant["name"] for variant in found["variants"]] == ["dense", "pruned"]
+
+
+def test_profile_of_a_missing_file_fails_in_one_sentence(tmp_path):
+    done = command("profile", "nothing.onnx", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "nothing.onnx" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_layer_name_fails_before_training_and_names_the_nearest(fitted):
+    words = ["--trainer.callbacks+=lightning_prune.MagnitudePruning", "--trainer.callbacks.include=[bloks.*]"]
+    done = command("fit", "--config", "digits/config.yaml", *SMALL, *words, cwd=fitted[0])
+    assert done.returncode == 1
+    assert "Did you mean 'blocks'" in done.stderr
+
+
+def test_a_module_of_the_other_namespace_is_trained_by_its_own_lightning(tmp_path):
+    text = (ROOT / "examples" / "digits" / "digits.py").read_text()
+    (tmp_path / "digits.py").write_text(text.replace("from pytorch_lightning", "from lightning.pytorch"))
+    config = (ROOT / "examples" / "digits" / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("pytorch_lightning.", "lightning.pytorch."))
+    done = command("fit", "--config", "config.yaml", *SMALL, "--trainer.fast_dev_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_namespace_is_that_of_the_model():
+    other = "lightning.pytorch.demos.boring_classes.BoringModel"
+    assert namespace(["fit", f"--model={other}"], []) == "lightning.pytorch"
+    assert namespace(["fit", "--model.class_path", other], []) == "lightning.pytorch"
+    assert namespace(["fit", "--model=no.such.Model"], []) == "pytorch_lightning"
