@@ -248,21 +248,22 @@ def operators(job: dict[str, Any]) -> dict[str, Any]:
             nodes = spent.setdefault(event["args"]["op_name"], {})
             nodes.setdefault(event["name"], []).append(event["dur"])
     # The first run allocates, so its share of the time is not the steady one.
-    steady = {op: [d for durations in nodes.values() for d in durations[1:]] for op, nodes in spent.items()}
-    total = sum(map(sum, steady.values()))
+    steady = {op: sum(middle_mean(d[1:]) for d in nodes.values()) / 1000 for op, nodes in spent.items()}
+    total = sum(steady.values())
     rows = [
-        {
-            "op": op,
-            "ms": sum(durations) / (runs - 1) / 1000,
-            "share": sum(durations) / total if total else 0.0,
-            "count": len(spent[op]),
-        }
-        for op, durations in steady.items()
+        {"op": op, "ms": ms, "share": ms / total if total else 0.0, "count": len(spent[op])}
+        for op, ms in steady.items()
     ]
     return {
         "operators": sorted(rows, key=lambda row: (-float(str(row["ms"])), str(row["op"]))),
         "runs": runs - 1,
     }
+
+
+def middle_mean(values: list[int]) -> float:
+    """Return the mean of the middle half: the clock ticks in microseconds, and other programs interrupt."""
+    quarter = len(values) // 4
+    return statistics.fmean(sorted(values)[quarter : len(values) - quarter])
 
 
 def energy(job: dict[str, Any]) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def trust_warnings(config: Profile, protocol: dict[str, Any], failed: dict[str, 
     share = protocol["cpu_share"]
     if config.threads == 1 and share is not None and share < _LEAST_SHARE:
         found.append(
-            f"Other programs were running: the timing had {share:.0%} of its core. The medians are as "
-            f"good as {protocol['baseline']} against itself; p90, p99 and mean are not those of a quiet machine."
+            f"Other programs were running: the timing had {share:.0%} of its core. The medians are as good "
+            f"as {protocol['baseline']} against itself; p90, p99 and mean are not those of a quiet machine."
         )
     restless = [name for name, warm in protocol["warm_up"].items() if not warm["settled"]]
     if restless:

@@ -183,11 +183,12 @@ def schedule_panels(report: Report) -> tuple[tuple[Panel, ...], tuple[Tick, ...]
     for color, (course, xs) in enumerate(zip(ran, epochs, strict=True), start=1):
         for which, style in ((2, "dashed"), (3, "solid")):
             values = [(across(x), point[which]) for x, point in zip(xs, course.points, strict=True)]
+            values = [(0.0, course.start), *values]
             steps = _stairs([(x, 100 - 100 * y) for x, y in values if isinstance(y, int | float)])
             if steps:
                 lines.append(Line(steps, course.name, color, style))
     percents = tuple(Tick(100 - value, f"{value} %") for value in (0, 50, 100))
-    panels = [Panel("Pruned", tuple(lines), percents, events)]
+    panels = [Panel("Pruning", tuple(lines), percents, events)]
     for number, (name, points) in enumerate(fitted.items(), start=len(ran) + 1):
         low, high = min(y for _, y in points), max(y for _, y in points)
         high = high if high > low else low + 1

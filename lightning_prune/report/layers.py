@@ -36,11 +36,13 @@ class Course:
     """How far one callback had pruned over the fit.
 
     Attributes:
-        name: The callback, numbered if there are several of its class.
+        name: The callback, numbered if there are several of its class, and what it counts.
+        start: What it counts before the first change: 1 of what is left, 0 of zeros; None if not known.
         points: `(epoch, step, target, achieved)` of each change.
     """
 
     name: str
+    start: float | None
     points: tuple[tuple[float, int, float | None, float | None], ...]
 
 
@@ -52,12 +54,12 @@ def summaries(report: Report) -> Iterator[Mapping[str, Any]]:
 
 
 def layer_table(report: Report) -> tuple[Layer, ...]:
-    """Return the layers that the callbacks name, in their order, each once.
+    """Return the layers that the callbacks name, each once, in the order of the longest list.
 
     A weight `conv1.weight` and a layer `conv1` are the same line.
     """
     found: dict[str, Layer] = {}
-    for summary in summaries(report):
+    for summary in sorted(summaries(report), key=lambda item: -len(item.get("layers") or ())):
         for entry in summary.get("layers") or ():
             name = str(entry.get("name", "")).removesuffix(".weight")
             layer = found.get(name, Layer(name))
@@ -87,8 +89,19 @@ def courses(report: Report) -> tuple[Course, ...]:
             for entry in summary.get("history") or ()
         )
         if points:
-            found.append(Course(f"{name} {names[name]}" if names[name] > 1 else name, points))
+            counted, start = _counted(summary.get("config") or {})
+            title = f"{name} {names[name]}" if names[name] > 1 else name
+            found.append(Course(f"{title}: {counted}" if counted else title, start, points))
     return tuple(found)
+
+
+def _counted(config: Mapping[str, Any]) -> tuple[str, float | None]:
+    """Return what a callback's fractions are of, by its settings, and where they start."""
+    budget = config.get("budget")
+    if isinstance(budget, Mapping):
+        kind = next((key for key, value in budget.items() if value is not None), "size")
+        return f"{'MACs' if kind == 'macs' else kind} left", 1.0
+    return ("zeros", 0.0) if "sparsity" in config else ("", None)
 
 
 def curves(report: Report) -> dict[str, list[tuple[float, float]]]:

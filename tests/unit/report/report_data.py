@@ -80,8 +80,13 @@ def example_report() -> Report:
     cut = [{"epoch": e, "step": 10 * e, "target": 1 - e / 8, "achieved": 1 - e / 8} for e in range(5)]
     zeroed = [{"epoch": e, "step": 10 * e, "target": e / 6, "achieved": e / 6} for e in range(4)]
     pruning = [
-        {"callback": "StructuralPruning", "config": {}, "history": cut, "layers": layers},
-        {"callback": "MagnitudePruning", "config": {}, "history": zeroed, "layers": weights},
+        {
+            "callback": "StructuralPruning",
+            "config": {"budget": {"macs": 0.5}},
+            "history": cut,
+            "layers": layers,
+        },
+        {"callback": "MagnitudePruning", "config": {"sparsity": 0.5}, "history": zeroed, "layers": weights},
     ]
     variants = (
         Variant("dense", "dense.onnx", 4_800_000, 4_400_000, 1_200_000, 1_200_000, 82_000_000,

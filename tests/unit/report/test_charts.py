@@ -64,10 +64,10 @@ def test_small_operators_are_drawn_as_other():
 
 def test_schedule_is_drawn_as_stairs_over_the_epochs_of_the_curves():
     panels, ticks = charts.schedule_panels(example_report())
-    assert [panel.title for panel in panels] == ["Pruned", "val_acc", "train_loss"]
+    assert [panel.title for panel in panels] == ["Pruning", "val_acc", "train_loss"]
     assert panels[0].events == (0, 20, 40, 60, 80)  # epochs 0 to 4 of 0 to 5
     zeros = next(
-        line for line in panels[0].lines if line.label == "MagnitudePruning" and line.style == "solid"
+        line for line in panels[0].lines if line.label == "MagnitudePruning: zeros" and line.style == "solid"
     )
     path = coordinates(zeros.points)
     assert path[0] == (0, 100)
@@ -75,6 +75,27 @@ def test_schedule_is_drawn_as_stairs_over_the_epochs_of_the_curves():
     assert (20, 100) in path  # held until the next change
     assert coordinates(panels[2].lines[0].points)[0] == (0, 0)  # the highest loss at the top
     assert [tick.label for tick in ticks] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_schedule_starts_dense_before_the_first_change():
+    report = example_report()
+    (cut, zeroed) = report.pruning["callbacks"]
+    late = [
+        {**cut, "history": [{"epoch": 3, "step": 30, "target": 0.5, "achieved": 0.5}]},
+        {**zeroed, "history": [{"epoch": 4, "step": 40, "target": 0.6, "achieved": 0.6}]},
+    ]
+    panels, _ = charts.schedule_panels(replace(report, pruning={"callbacks": late}))
+    left, zeros = (line for line in panels[0].lines if line.style == "solid")
+    assert left.label == "StructuralPruning: MACs left"
+    assert coordinates(left.points) == [(0, 0), (0, 0), (60, 0), (60, 50), (100, 50)]
+    assert coordinates(zeros.points) == [(0, 100), (0, 100), (80, 100), (80, 40), (100, 40)]
+
+
+def test_what_the_callbacks_log_is_not_drawn_twice():
+    report = example_report()
+    curves = {"macs": [[0, 1], [1, 0.5]], "sparsity_target": [[0, 0], [1, 1]], "val_f1": [[0, 0], [1, 1]]}
+    panels, _ = charts.schedule_panels(replace(report, training={"curves": curves}))
+    assert [panel.title for panel in panels] == ["Pruning", "val_f1"]
 
 
 def test_changes_within_an_epoch_are_spread_by_their_steps():
