@@ -22,7 +22,8 @@ def show(outlook: Outlook, groups: Sequence[Group], console: Console | None = No
         console: Where to print.
 
     Example:
-        >>> show(Outlook("macs", 100.0, 100.0, 50.0, 48.0, 9.0), [], Console(width=60))  # doctest: +NORMALIZE_WHITESPACE
+        >>> outlook = Outlook("macs", 100.0, 100.0, 50.0, 48.0, 9.0)
+        >>> show(outlook, [], Console(width=60))  # doctest: +NORMALIZE_WHITESPACE
         Structural pruning, before training
                             MACs   of dense
          dense               100       1.00

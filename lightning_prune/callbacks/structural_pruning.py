@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_prune._lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks import _checkpoint_hooks, _clock, _network
-from lightning_prune.callbacks._averages import averaged_modules
 from lightning_prune.callbacks._events import emit
+from lightning_prune.callbacks._follow import check_strategy, follow
 from lightning_prune.callbacks._preflight import show
-from lightning_prune.errors import ConfigurationError, LightningPruneError, StrategyError, TracingError
+from lightning_prune.errors import ConfigurationError, LightningPruneError, TracingError
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
 from lightning_prune.structure import manifest
 from lightning_prune.structure.budget import Budget, Costs, check_search_arguments
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import importance_named
-from lightning_prune.structure.optimizers import cuts_of, migrate
 from lightning_prune.structure.plan import Dense, Example, Recipe, foresee, measure, plan, survey
-from lightning_prune.structure.surgery import Change, apply, from_plain, plain
+from lightning_prune.structure.surgery import Change, from_plain, plain
 
 _OWNER = "StructuralPruning"
-_DEFAULT_BUDGET = Budget(macs=0.5)
 _DEFAULT_SCHEDULE = Schedule()
-_SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 class StructuralPruning(Callback):
@@ -43,7 +38,7 @@ class StructuralPruning(Callback):
     checkpoints follow, and Parameters stay the objects they are. A resumed run goes on exactly.
 
     Args:
-        budget: How much of the dense network may remain.
+        budget: How much of the dense network may remain; None is `Budget(macs=0.5)`.
         schedule: When, and how fast. The level is absolute: at level `l` of the schedule
             `1 - l * (1 - budget)` may remain.
         importance: Which channels go first: `"magnitude"` (L2 over every layer a channel touches), `"l1"`, or
@@ -67,7 +62,7 @@ class StructuralPruning(Callback):
 
     def __init__(
         self,
-        budget: Budget = _DEFAULT_BUDGET,
+        budget: Budget | None = None,
         *,
         schedule: Schedule = _DEFAULT_SCHEDULE,
         importance: str = "magnitude",
@@ -79,6 +74,8 @@ class StructuralPruning(Callback):
         example_input: Any = None,
     ) -> None:
         super().__init__()
+        # Not a default argument: LightningCLI would merge it with the budget in a configuration file.
+        budget = Budget(macs=0.5) if budget is None else budget
         if not isinstance(budget, Budget):
             raise ConfigurationError.of(_OWNER, "budget", "a Budget", budget, "write Budget(macs=0.5)")
         if not isinstance(schedule, Schedule):
@@ -174,7 +171,7 @@ class StructuralPruning(Callback):
             self._reset()
             self._module = weakref.ref(pl_module)
         if stage == "fit":
-            _check_strategy(trainer.strategy)
+            check_strategy(trainer.strategy, _OWNER)
             makers = [name for name, layer in pl_module.named_modules() if isinstance(layer, _network.MAKERS)]
             if makers:
                 match_names(makers, self.include, self.exclude, _OWNER)
@@ -244,7 +241,7 @@ class StructuralPruning(Callback):
         self._level = level
         if change:
             emit(trainer, "on_before_pruning", pl_module)
-            _follow(trainer, pl_module, change)
+            follow(trainer, pl_module, change)
         assert self._example is not None
         network = _network.traced(pl_module, self._calls)
         self._take_stock(network, survey(network, self._example, self._choose))
@@ -280,35 +277,3 @@ class StructuralPruning(Callback):
             self._now[kind] = cost / max(1.0, self._dense.costs[kind])
         self._widths = {group.name: group.channels for group in groups}
         self._skipped = {group.name: group.reason for group in groups if group.reason}
-
-
-def _follow(trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
-    """Cut the module, and let everything that holds something of its shape follow."""
-    cuts = cuts_of(pl_module, change)
-    averages = averaged_modules(trainer)
-    for module in (pl_module, *averages):
-        apply(module, change)
-    for optimizer in trainer.optimizers:
-        migrate(optimizer, cuts)
-    strategy = trainer.strategy
-    if type(strategy).__name__ == "DDPStrategy" and strategy.model is not strategy.lightning_module:
-        # The reducer was built for parameters of the old shapes.
-        strategy.model = strategy.lightning_module
-        strategy.configure_ddp()  # type: ignore[attr-defined]
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # or the recompile limit is met after a few cuts
-    emit(trainer, "on_structure_change", pl_module, change)
-
-
-def _check_strategy(strategy: Any) -> None:
-    name = type(strategy).__name__
-    if name not in _SUPPORTED_STRATEGIES:
-        raise StrategyError(
-            f"{_OWNER}: {name} is not supported: it keeps parameters in shards or copies that cannot be cut. "
-            "Use one device, or strategy='ddp'."
-        )
-    if "MultiProcessing" in type(strategy.launcher).__name__:
-        raise StrategyError(
-            f"{_OWNER}: launchers that spawn or fork processes copy the trained weights back into the dense "
-            "module, which fails once channels are gone. Use strategy='ddp' in a script, without spawn."
-        )

@@ -1,0 +1,110 @@
+"""A training on two processes; each rank writes what it ended with. Started by `test_structural_ddp`.
+
+`python structural_ddp.py FOLDER VARIANT`, where the second process is started by Lightning itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from magnitude_cases import data
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies import DDPStrategy
+from structural_cases import Net, macs
+
+from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_prune.callbacks.structural_pruning import StructuralPruning
+from lightning_prune.schedules import Schedule
+from lightning_prune.structure.budget import Budget
+
+
+def digest(net: torch.nn.Module) -> str:
+    tensors = [p.detach() for p in net.parameters()]
+    tensors += [b for n, b in net.named_buffers() if "running" not in n]  # each rank has its own statistics
+    text = b"".join(str(tuple(t.shape)).encode() + t.double().numpy().tobytes() for t in tensors)
+    return hashlib.sha256(text).hexdigest()
+
+
+class Record(Callback):
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, float, str]] = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.rows.append((trainer.current_epoch, macs(pl_module), digest(pl_module)))
+
+
+class Unbalanced(Net):
+    """Ranks that start from other weights, as before the first synchronization, and a loss of their own data."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0] = batch[0] + self.global_rank
+        return super().training_step(batch, batch_idx)
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+STRATEGIES = {
+    "plain": {},
+    "find_unused": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+    "bucket_view": {"gradient_as_bucket_view": True},
+    "manual": {},
+    "manual_static": {"static_graph": True},
+    "joint": {},
+    "importance": {},
+    "unreachable": {},
+}
+
+
+def main(folder: Path, variant: str) -> None:
+    torch.set_num_threads(1)
+    record = Record()
+    fraction = 0.0001 if variant == "unreachable" else 0.5
+    schedule = Schedule("linear", 0, 2, unit="epoch")
+    importance = "random" if variant == "importance" else "magnitude"
+    callbacks = [
+        StructuralPruning(Budget(macs=fraction), schedule=schedule, round_to=1, importance=importance)
+    ]
+    if variant == "joint":
+        callbacks.insert(0, MagnitudePruning(0.6, schedule=schedule))
+    net = Manual() if variant.startswith("manual") else Unbalanced()
+    keep = ModelCheckpoint(folder, save_last=True)
+    trainer = pl.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo", **STRATEGIES[variant]),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks, record, keep],
+        default_root_dir=folder,
+    )
+    rank = trainer.strategy.cluster_environment.global_rank()
+    try:
+        trainer.fit(net, data(), data())
+    except Exception as error:  # noqa: BLE001 - what every rank raised is what the test asks about
+        (folder / f"rank{rank}.json").write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        raise SystemExit(3) from error
+    wrapped = str(type(trainer.strategy.model).__name__)
+    (folder / f"rank{rank}.json").write_text(json.dumps({"rows": record.rows, "wrapped": wrapped}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
