@@ -49,7 +49,7 @@ class Dynamics:
         if not self.origin:
             return
         for name, tensor in _state_of(module).items():
-            tensor.copy_(self.origin[name])
+            tensor.copy_(sharding.like(self.origin[name], tensor))
         for parameter in module.parameters():
             # A gradient of the network as it was would move the one that is back.
             if parameter.grad is not None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import CheckpointError
 from lightning_prune.selection import Weight
 from lightning_prune.sparsity import masks, sharding
+from lightning_prune.sparsity.criteria import Evidence
 
 
 class MaskKeeper:
@@ -109,7 +110,11 @@ class MaskKeeper:
             masks.update_masks(self.tensors(), self.masks, pools, rule, look)
         else:
             found = {name: sharding.whole(mask) for name, mask in self.masks.items()}
-            masks.update_masks(self.tensors(), found, pools, rule, look)
+
+            def look_whole(name: str, weight: Tensor) -> Evidence:
+                return sharding.whole_fields(look(name, weight))
+
+            masks.update_masks(self.tensors(), found, pools, rule, look_whole)
             for name, mask in found.items():
                 self.masks[name] = sharding.like(mask, self.weights[name].parameter.detach())
         self._stepped = {}

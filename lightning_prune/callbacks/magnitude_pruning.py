@@ -136,7 +136,7 @@ class MagnitudePruning(Callback):
         if self._watch.statistics.kinds:
             state["statistics"] = self._watch.statistics.state_dict()
         if self._dynamics.origin:
-            state["origin"] = dict(self._dynamics.origin)
+            state["origin"] = {n: sharding.whole(t) for n, t in self._dynamics.origin.items()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -153,6 +153,11 @@ class MagnitudePruning(Callback):
     def masks(self) -> Mapping[str, Tensor]:
         """The masks in force by parameter name: 1 where the weight stays, 0 where it is pruned."""
         return dict(self._keeper.masks)
+
+    @property
+    def pruning_finished(self) -> bool:
+        """Whether the final level is in force."""
+        return self._level >= 1.0 and not self._due
 
     def pruning_summary(self) -> dict[str, Any]:
         """Say what was done so far, as plain data for the report.
@@ -201,7 +206,7 @@ class MagnitudePruning(Callback):
         self._keeper.follow(trainer.optimizers)
         self._keeper.restore(OWNER)
         self._watch.follow(self._keeper.weights)
-        self._watch.statistics.to({n: w.parameter.device for n, w in self._keeper.weights.items()})
+        self._watch.statistics.to({n: w.parameter.detach() for n, w in self._keeper.weights.items()})
         self._keeper.apply(averaged_modules(trainer))
         self._log_due = True
 
@@ -345,6 +350,8 @@ class MagnitudePruning(Callback):
         if not self._announced:
             self._announced = True
             emit(trainer, "on_before_pruning", pl_module)
+        if not follow and trainer.world_size > 1:
+            self._watch.statistics.merge(lambda tensor: _sum_over_ranks(trainer, tensor))
         rule, look = self._rule()
         self._keeper.update(pools, rule, look)
         if not follow:
@@ -403,6 +410,11 @@ class MagnitudePruning(Callback):
             return f"sparsity{suffix}"
         globs = list(self.sparsity) if isinstance(self.sparsity, dict) else self.include
         return f"sparsity{suffix}/{','.join(globs)}"
+
+
+def _sum_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
+    total: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
+    return total
 
 
 def _builds_late(pl_module: LightningModule) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+_Thing = TypeVar("_Thing", bound=Any)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -27,6 +31,19 @@ def whole(tensor: Tensor) -> Tensor:
         tensor([0., 0.])
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_fields(thing: _Thing) -> _Thing:
+    """Gather every sharded tensor that a dataclass holds.
+
+    Args:
+        thing: An instance of a dataclass.
+
+    Returns:
+        The same with whole tensors.
+    """
+    found = {field.name: getattr(thing, field.name) for field in fields(thing)}
+    return replace(thing, **{n: whole(value) for n, value in found.items() if isinstance(value, Tensor)})
 
 
 def like(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.sparsity.criteria import Evidence
+from lightning_prune.sparsity.sharding import like, whole
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -143,7 +144,10 @@ class Statistics:
     def state_dict(self) -> dict[str, Any]:
         """Return everything as tensors and plain values."""
         return {
-            "sums": {kind: dict(sums) for kind, sums in self._sums.items()},
+            "sums": {
+                kind: {name: whole(value) for name, value in sums.items()}
+                for kind, sums in self._sums.items()
+            },
             "counts": {kind: dict(counts) for kind, counts in self._counts.items()},
             "stale": sorted(list(pair) for pair in self._stale),
         }
@@ -155,16 +159,18 @@ class Statistics:
             self._counts[kind] = dict(state["counts"].get(kind, {}))
         self._stale = {(kind, name) for kind, name in state["stale"]}
 
-    def to(self, devices: Mapping[str, torch.device]) -> None:
-        """Move everything to the devices of its weights.
+    def to(self, weights: Mapping[str, Tensor]) -> None:
+        """Move everything to where its weights are.
 
         Args:
-            devices: Device by weight.
+            weights: The weights by name.
         """
         for sums in self._sums.values():
             for name, value in sums.items():
-                if name in devices:
-                    sums[name] = value.to(devices[name])
+                if name in weights and value.shape == weights[name].shape:
+                    sums[name] = like(value, weights[name])
+                elif name in weights:
+                    sums[name] = value.to(weights[name].device)
 
 
 def has_input_features(layer: nn.Module) -> bool:
