@@ -79,8 +79,8 @@ def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:
     module: Any = task.modules[name]
     module.cpu().float().eval()
     target = submodule(module, task.submodule, "export")
-    calls = example_calls(module, task.submodule, task.data)
-    exported = export_onnx(target, stage / f"{name}.onnx", *calls[0])
+    calls = example_calls(module, task.submodule, task.data, task.onnx.example_input)
+    exported = export_onnx(target, stage / f"{name}.onnx", *calls[0], task.onnx)
     tell(f"export {name}", 0.7)
     parity = check_parity(target, exported, calls)
     single = next(resized(calls[:1], exported.interface, (1,)))
@@ -89,13 +89,14 @@ def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:
     return Made(exported, module, calls=calls, parity=parity, macs=macs)
 
 
-def example_calls(module: Any, name: str | None, data: Data) -> list[Call]:
+def example_calls(module: Any, name: str | None, data: Data, example: Any = None) -> list[Call]:
     """Return real calls of a submodule, from the user's own validation or training step.
 
     Args:
         module: The LightningModule.
         name: The submodule's dotted name; None is the module itself.
         data: Real batches.
+        example: What the user gave to trace with, if no step calls the submodule.
 
     Returns:
         One to three calls; without any, one made of `example_input_array` or of a batch's first tensor.
@@ -109,9 +110,10 @@ def example_calls(module: Any, name: str | None, data: Data) -> list[Call]:
         calls = list(captured_calls(rehearsal, loaders, step, PARITY_BATCHES))
         if calls:
             return calls
-    array = getattr(module, "example_input_array", None)
-    if not name and array is not None:
-        return [explicit_call(array, torch.device("cpu"), torch.float32)]
+    if example is None and not name:
+        example = getattr(module, "example_input_array", None)
+    if example is not None:
+        return [explicit_call(example, torch.device("cpu"), torch.float32)]
     for loaders in (data.val, data.train):
         for batch, _ in batches_in_turn(loaders):
             call = rehearsal.first_element(batch)
@@ -121,7 +123,8 @@ def example_calls(module: Any, name: str | None, data: Data) -> list[Call]:
     what = f"module {name!r}" if name else type(module).__name__
     raise TracingError(
         f"There is no example input for {what}: give validation data whose validation_step calls it, or set "
-        "`example_input_array` on the LightningModule, or name what the steps call with module='...'."
+        "`example_input_array` on the LightningModule or Onnx(example_input=[1, 3, 32, 32]), or name what "
+        "the steps call with module='...'."
     )
 
 

@@ -13,7 +13,7 @@ from lightning_prune.deploy.calls import Call
 from lightning_prune.deploy.environment import environment
 from lightning_prune.deploy.evaluate import has_data
 from lightning_prune.deploy.files import compressed_size
-from lightning_prune.deploy.onnx import Exported
+from lightning_prune.deploy.onnx import Exported, Onnx
 from lightning_prune.deploy.profile import Profile, ProfileResult
 from lightning_prune.deploy.quantize import Quantize, Quantized
 from lightning_prune.deploy.weights import count_weights
@@ -46,6 +46,7 @@ class Task:
         dirpath: Where the files go.
         data: Real batches.
         submodule: Dotted name of what is exported; None is the LightningModule itself.
+        onnx: How files are written.
         quantize: How the last variant is quantized; None leaves it in float.
         profile: How latency is measured; None leaves it out.
         max_drop: How much of a metric the quantized file may lose, by the metric's name.
@@ -58,6 +59,7 @@ class Task:
     dirpath: Path
     data: Data
     submodule: str | None = None
+    onnx: Onnx = field(default_factory=Onnx)
     quantize: Quantize | None = None
     profile: Profile | None = None
     max_drop: Mapping[str, float] | None = None

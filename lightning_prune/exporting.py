@@ -15,6 +15,7 @@ from lightning_prune._task import Data, Task
 from lightning_prune.deploy.calls import submodule as find_submodule
 from lightning_prune.deploy.evaluate import quiet_lightning
 from lightning_prune.deploy.files import check_writable
+from lightning_prune.deploy.onnx import Onnx
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.deploy.quantize import Quantize
 from lightning_prune.deploy.runtime import require_onnxruntime
@@ -23,6 +24,7 @@ from lightning_prune.errors import CheckpointError, ConfigurationError
 from lightning_prune.report.results import Report
 from lightning_prune.structure import manifest
 
+_ONNX = Onnx()
 _QUANTIZE = Quantize()
 _PROFILE = Profile()
 STATE_KEY = "EdgeExport"
@@ -36,6 +38,7 @@ def export(
     datamodule: Any = None,
     dataloaders: Any = None,
     submodule: str | None = None,
+    onnx: Onnx = _ONNX,
     quantize: Quantize | None = _QUANTIZE,
     profile: Profile | None = _PROFILE,
     baseline: bool | str | Path = True,
@@ -52,6 +55,7 @@ def export(
         dataloaders: The validation loaders, or `{"val": ..., "train": ...}`; without both this and
             `datamodule` the module's own loaders are used.
         submodule: Dotted name of what is exported; None is the LightningModule itself.
+        onnx: How the files are written, and what they say about themselves.
         quantize: How the file is quantized; None leaves it in float.
         profile: How latency is measured; None leaves it out.
         baseline: True: the dense network that `EdgeExport` kept in the checkpoint, if there is one; a path: a
@@ -87,6 +91,7 @@ def export(
             dirpath=target,
             data=find_data(module, datamodule, dataloaders),
             submodule=submodule,
+            onnx=onnx,
             quantize=quantize,
             profile=profile,
             max_drop=max_drop,

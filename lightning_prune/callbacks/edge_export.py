@@ -22,6 +22,7 @@ from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.evaluate import never_called
 from lightning_prune.deploy.files import check_writable
 from lightning_prune.deploy.loaders import leaves_of, whole
+from lightning_prune.deploy.onnx import Onnx
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.deploy.quantize import Quantize
 from lightning_prune.deploy.runtime import require_onnxruntime
@@ -30,6 +31,7 @@ from lightning_prune.errors import ConfigurationError, EvaluationError, ExportEr
 from lightning_prune.exporting import baseline_warnings, dense_of, take_baseline
 from lightning_prune.report.results import Report
 
+_ONNX = Onnx()
 _QUANTIZE = Quantize()
 _PROFILE = Profile()
 
@@ -47,6 +49,7 @@ class EdgeExport(Callback):
         dirpath: Where the files go; relative to the working directory.
         module: Dotted name of the submodule to export; None is the LightningModule itself. The validation
             loop must call what is exported.
+        onnx: How the files are written, and what they say about themselves.
         quantize: How the last network is quantized; None leaves it in float.
         profile: How latency and memory are measured; None leaves them out.
         baseline: Whether to keep a copy of the dense network, for comparison; it travels in checkpoints.
@@ -69,6 +72,7 @@ class EdgeExport(Callback):
         dirpath: str = "edge",
         *,
         module: str | None = None,
+        onnx: Onnx = _ONNX,
         quantize: Quantize | None = _QUANTIZE,
         profile: Profile | None = _PROFILE,
         baseline: bool = True,
@@ -77,6 +81,8 @@ class EdgeExport(Callback):
         super().__init__()
         if not str(dirpath):
             raise ConfigurationError.of("EdgeExport", "dirpath", "the path of a directory", dirpath)
+        if not isinstance(onnx, Onnx):
+            raise ConfigurationError.of("EdgeExport", "onnx", "an Onnx", onnx, "write Onnx()")
         for name, value, kind in (("quantize", quantize, Quantize), ("profile", profile, Profile)):
             if value is not None and not isinstance(value, kind):
                 expected = f"a {kind.__name__} or None"
@@ -86,6 +92,7 @@ class EdgeExport(Callback):
             raise ConfigurationError.of("EdgeExport", "max_drop", "None without `quantize`", max_drop)
         self.dirpath = str(dirpath)
         self.module = module
+        self.onnx = onnx
         self.quantize = quantize
         self.profile = profile
         self.baseline = baseline
@@ -209,6 +216,7 @@ class EdgeExport(Callback):
                 trainer.limit_val_batches,
             ),
             submodule=self.module,
+            onnx=self.onnx,
             quantize=self.quantize,
             profile=self.profile,
             max_drop=self.max_drop,

@@ -13,6 +13,12 @@ _INTEGER_OPS = {
     "QLinearConv", "QLinearMatMul", "QGemm", "QAttention", "QLinearConvTranspose", "ConvInteger",
     "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
 }  # fmt: skip
+_ENDLESS = 1e9
+_MASKING = (
+    "Add", "Cast", "Concat", "Expand", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Tile",
+    "Transpose", "Unsqueeze", "Where",
+)  # fmt: skip
+_FLOATING = (1, 10, 11)  # float, float16, double
 _FLOAT_OPS = {
     "Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "LSTM", "GRU", "RNN",
     "Attention", "MultiHeadAttention",
@@ -31,6 +37,35 @@ def layers_of(source: str | Path) -> dict[str, str]:
         if node.op_type in _FLOAT_OPS and weight is not None:
             layers[node.name] = weight.rsplit(".", 1)[0] if "." in weight else node.name
     return layers
+
+
+def masking_nodes(source: str | Path) -> list[str]:
+    """Find the nodes that handle attention masks, up to the Softmax.
+
+    A mask of minus infinity has no range: quantized, it would flatten every score beside it to one value.
+
+    Args:
+        source: An ONNX file.
+
+    Returns:
+        The names of the nodes; they cost next to nothing in float.
+    """
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(source)).graph
+    endless = {
+        item.name
+        for item in graph.initializer
+        if item.data_type in _FLOATING and np.any(np.abs(numpy_helper.to_array(item)) > _ENDLESS)
+    }
+    found = []
+    for node in graph.node:
+        if endless & set(node.input) and node.op_type in (*_MASKING, "Softmax"):
+            found.append(node.name)
+            endless.update(node.output if node.op_type != "Softmax" else ())
+    return found
 
 
 def held_in_float(part: Path, nodes: Sequence[str]) -> bytes:
@@ -64,6 +99,29 @@ def held_in_float(part: Path, nodes: Sequence[str]) -> bytes:
         graph.node.extend(patched)
     data: bytes = proto.SerializeToString()
     return data
+
+
+def with_own_weights(source: str | Path) -> Any:
+    """Return a model in which every Gemm has a weight of its own.
+
+    ONNX Runtime's dynamic quantizer transposes the weight of each Gemm in place: one that two of them share
+    (tied, or equal and merged by the exporter) would be transposed twice.
+    """
+    import onnx
+
+    proto = onnx.load(str(source))
+    weights = {item.name: item for item in proto.graph.initializer}
+    seen: set[str] = set()
+    for number, node in enumerate(proto.graph.node):
+        name = node.input[1] if node.op_type == "Gemm" else ""
+        if name in seen:
+            twin = onnx.TensorProto()
+            twin.CopyFrom(weights[name])
+            twin.name = node.input[1] = f"{name}_{number}"
+            proto.graph.initializer.append(twin)
+        elif name in weights:
+            seen.add(name)
+    return proto
 
 
 def fusion_coverage(path: str | Path, excluded: Sequence[str] = ()) -> tuple[int, list[dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,3 +110,19 @@ def _apply(graph: Any, mapping: Mapping[str, str]) -> None:
         for attribute in node.attribute:
             for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
                 _apply(inner, mapping)
+
+
+def describe_io(graph: Any) -> dict[str, str]:
+    """Return the names, types and shapes of a graph's inputs and outputs, as JSON texts for its metadata."""
+    import onnx
+
+    def items(values: Any) -> str:
+        found = []
+        for item in values:
+            tensor = item.type.tensor_type
+            shape = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+            kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+            found.append({"name": item.name, "type": kind, "shape": shape})
+        return json.dumps(found)
+
+    return {"inputs": items(graph.input), "outputs": items(graph.output)}

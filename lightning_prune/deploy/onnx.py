@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_prune.deploy.calls import Call
+from lightning_prune.deploy.exporters import Flat, scripted, traced
 from lightning_prune.deploy.files import write_whole
-from lightning_prune.deploy.graph import PREFIX, rename, strip
+from lightning_prune.deploy.graph import describe_io, rename, strip
 from lightning_prune.deploy.interface import Interface
 from lightning_prune.deploy.tree import flatten
-from lightning_prune.errors import ExportError, MissingDependencyError, TracingError
+from lightning_prune.errors import ConfigurationError, ExportError, MissingDependencyError, TracingError
 
 OPSET = 20
 _LIMIT = 2**31 - 2**20  # a protobuf message ends at 2 GiB
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """How a file is written, and what it says about itself.
+
+    Args:
+        opset: The ONNX opset version.
+        dynamic_axes: Axes that may vary besides the batch, by input name: `{"x": {2: "height", 3: "width"}}`.
+        example_input: A shape, several shapes, or tensors to trace with, if no step of the loop shows how the
+            module is called.
+        legacy: Trace with TorchScript instead of `torch.export`: the way to export whole detection networks.
+            Branches are frozen as the example took them.
+        normalization: How inputs are prepared, as a note in the file: `"RGB, 0-1, mean 0.5, std 0.5"`.
+        classes: Names of the classes, for the file and the report.
+
+    Raises:
+        ConfigurationError: An argument is wrong.
+
+    Example:
+        >>> Onnx(classes=["cat", "dog"]).metadata()
+        {'classes': '["cat", "dog"]'}
+    """
+
+    opset: int = OPSET
+    dynamic_axes: dict[str, dict[int, str]] = field(default_factory=dict)
+    example_input: Any = None
+    legacy: bool = False
+    normalization: str = ""
+    classes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if isinstance(self.opset, bool) or not isinstance(self.opset, int) or self.opset < 7:
+            raise ConfigurationError.of("Onnx", "opset", "a whole number of at least 7", self.opset)
+        for name, axes in self.dynamic_axes.items():
+            if not isinstance(axes, Mapping) or not all(isinstance(a, int) and a > 0 for a in axes):
+                raise ConfigurationError.of(
+                    "Onnx", f"dynamic_axes[{name!r}]", "names by axis, from 1 on", axes, "write {2: 'time'}"
+                )
+
+    def metadata(self) -> dict[str, str]:
+        """Return what the user says about the file, as text."""
+        notes = {}
+        if self.classes:
+            notes["classes"] = json.dumps(list(self.classes))
+        if self.normalization:
+            notes["normalization"] = self.normalization
+        return notes
 
 
 @dataclass(frozen=True)
@@ -39,28 +86,12 @@ class Exported:
     opset: int
 
 
-class _Flat(nn.Module):
-    """A module whose arguments and results are flat lists of tensors, which every exporter understands."""
-
-    def __init__(self, module: nn.Module, interface: Interface) -> None:
-        super().__init__()
-        self.module = module
-        self.interface = interface
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = self.interface.arguments(list(tensors))
-        return tuple(flatten(self.module(*args, **kwargs))[0])
-
-
 def export_onnx(
     module: nn.Module,
     path: str | Path,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    opset: int = OPSET,
-    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    options: Onnx | None = None,
 ) -> Exported:
     """Write a module as one ONNX file with a dynamic batch.
 
@@ -72,9 +103,7 @@ def export_onnx(
         path: The file to write.
         args: Positional arguments of an example call.
         kwargs: Keyword arguments of it.
-        opset: The ONNX opset version.
-        dynamic_axes: Further axes that may vary, by input name: `{"x": {2: "time"}}`.
-        metadata: Text to keep in the file.
+        options: How; `Onnx()` by default.
 
     Returns:
         The file and its interface.
@@ -85,6 +114,7 @@ def export_onnx(
         OutputError: The file cannot be written.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
+    options = options or Onnx()
     try:
         import onnx
         import onnxscript  # noqa: F401 (the exporter needs it; better to say so now)
@@ -94,18 +124,20 @@ def export_onnx(
     args, kwargs = with_batch_of_two(args, dict(kwargs or {}))
     interface = Interface.of(module, args, kwargs)
     tensors = interface.tensors(args, kwargs)
-    shapes = _dynamic_shapes(interface, tensors, dynamic_axes or {})
-    flat = _Flat(module, interface).eval()
-    proto = _traced(flat, tuple(tensors), shapes, opset)
+    axes = _dynamic_axes(interface, tensors, options.dynamic_axes)
+    flat = Flat(module, interface).eval()
+    proto = (scripted if options.legacy else traced)(flat, tuple(tensors), axes, options.opset)
     rename(proto.graph, list(interface.inputs.names), list(interface.outputs.names))
     interface = interface.keeping([i.name for i in proto.graph.input])
-    _check_axes(proto.graph, dict(zip(interface.inputs.names, shapes, strict=True)))
+    _check_axes(proto.graph, dict(zip(interface.inputs.names, axes, strict=True)))
     strip(proto)
-    for key, value in (metadata or {}).items():
+    for key, value in {**describe_io(proto.graph), **options.metadata()}.items():
         proto.metadata_props.add(key=key, value=value)
     found = next(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
-    if found != opset:
-        raise ExportError(f"Opset {opset} was asked for and the exporter wrote {found}; ask for {found}.")
+    if found != options.opset:
+        raise ExportError(
+            f"Opset {options.opset} was asked for and the exporter wrote {found}; ask for {found}."
+        )
     if proto.ByteSize() > _LIMIT:
         raise ExportError(f"{type(module).__name__} is over 2 GiB: it does not fit one ONNX file.")
     onnx.checker.check_model(proto)
@@ -141,22 +173,21 @@ def has_batch(tensor: Tensor, size: int) -> bool:
     return tensor.dim() > 0 and tensor.shape[0] == size
 
 
-def _dynamic_shapes(
+def _dynamic_axes(
     interface: Interface, tensors: list[Tensor], extra: Mapping[str, Mapping[int, str]]
-) -> tuple[dict[int, Any], ...]:
+) -> list[dict[int, str]]:
     unknown = [name for name in extra if name not in interface.inputs.names]
     if unknown:
         known = ", ".join(interface.inputs.names)
         raise TracingError(f"dynamic_axes names {unknown[0]!r}, which is no input; there are: {known}.")
     size = batch_size(tensors)
-    dims: dict[str, Any] = {}
-    shapes = []
+    result = []
     for name, tensor in zip(interface.inputs.names, tensors, strict=True):
         axes = dict(extra.get(name, {}))
         if size is not None and has_batch(tensor, size):
             axes.setdefault(0, "batch")
-        shapes.append({axis: dims.setdefault(label, torch.export.Dim(label)) for axis, label in axes.items()})
-    return tuple(shapes)
+        result.append(axes)
+    return result
 
 
 def _check_axes(graph: Any, wanted: Mapping[str, Mapping[int, Any]]) -> None:
@@ -171,54 +202,3 @@ def _check_axes(graph: Any, wanted: Mapping[str, Mapping[int, Any]]) -> None:
                     "export: the network computes with its size as a number. (With an LSTM or GRU, torch "
                     "keeps an open time axis only in the first export of a process.)"
                 )
-
-
-def _traced(flat: _Flat, tensors: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...], opset: int) -> Any:
-    name = type(flat.module).__name__
-    try:
-        with quiet_exporter(), torch.no_grad():
-            program = torch.onnx.export(
-                flat,
-                tensors,
-                input_names=[f"{PREFIX}{i}" for i in range(len(tensors))],
-                dynamo=True,
-                external_data=False,
-                dynamic_shapes=(shapes,),
-                opset_version=opset,
-                verbose=False,
-            )
-    except Exception as error:
-        cause = error.__cause__ or error
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        raise ExportError(
-            f"{name} cannot be exported to ONNX: {type(cause).__name__}: {' '.join(lines[:3])} "
-            "Export the part of it that can be, with module='...'."
-        ) from error
-    if program is None:
-        raise ExportError(f"{name} cannot be exported to ONNX: the exporter returned nothing.")
-    return program.model_proto
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Silence what torch's exporter says about itself, not about the user's module."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    # It reports that torchvision, which we do not need, is not installed.
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch's exporter calls names of torch that are going away.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            # All inputs share one batch axis, as they should.
-            warnings.filterwarnings(
-                "ignore", message=r".*The axis name: .* will not be used", category=UserWarning
-            )
-            # RNNs gather their weights in a list when they are traced.
-            warnings.filterwarnings(
-                "ignore", message=r"The tensor attributes .*_flat_weights", category=UserWarning
-            )
-            yield
-    finally:
-        logger.setLevel(level)

@@ -19,10 +19,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from lightning_prune.deploy.calibration import Reader
 from lightning_prune.deploy.files import cannot_write, write_whole
-from lightning_prune.deploy.fusion import fusion_coverage, held_in_float, layers_of
+from lightning_prune.deploy.fusion import (
+    fusion_coverage,
+    held_in_float,
+    layers_of,
+    masking_nodes,
+    with_own_weights,
+)
 from lightning_prune.deploy.runtime import Feed, require_onnxruntime
 from lightning_prune.deploy.weights import lost_zeros
 from lightning_prune.errors import ConfigurationError, OutputError, QuantizationError, near_matches
@@ -163,7 +168,7 @@ def quantize_file(
         part = Path(scratch) / "quantized.onnx"
         try:
             if config.mode == "static":
-                _static(source, part, config, _Reader(feeds, config.batches, on_batch), nodes)
+                _static(source, part, config, Reader(feeds, config.batches, on_batch), nodes)
             else:
                 _dynamic(source, part, config, nodes)
         except (QuantizationError, OutputError):
@@ -208,51 +213,7 @@ def _matching(source: Path, globs: Sequence[str]) -> list[str]:
     return found
 
 
-class _Reader:
-    """Hands calibration batches to ONNX Runtime one at a time, so that one at a time is in memory."""
-
-    def __init__(self, feeds: Sequence[Feed], batches: int, on_batch: Callable[[int], None] | None) -> None:
-        self.feeds = feeds
-        self.count = min(len(feeds), batches)
-        if self.count == 0:
-            raise QuantizationError(
-                "There is nothing to calibrate with: the loader gave no batch on which the exported module "
-                "is called. Give a loader, or use Quantize(mode='dynamic')."
-            )
-        self.position, self.end = 0, self.count
-        self.on_batch = on_batch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self.position, self.end = start_index, min(end_index, self.count)
-
-    def __iter__(self) -> Iterator[Feed]:
-        return iter(self.get_next, None)
-
-    def __next__(self) -> Feed:
-        feed = self.get_next()
-        if feed is None:
-            raise StopIteration
-        return feed
-
-    def get_next(self) -> Feed | None:
-        if self.position >= self.end:
-            return None
-        feed = self.feeds[self.position]
-        for name, array in feed.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise QuantizationError(
-                    f"Calibration batch {self.position} has values in input {name!r} that are not finite."
-                )
-        self.position += 1
-        if self.on_batch is not None:
-            self.on_batch(self.position)
-        return feed
-
-
-def _static(source: Path, part: Path, config: Quantize, reader: _Reader, nodes: Sequence[str]) -> None:
+def _static(source: Path, part: Path, config: Quantize, reader: Reader, nodes: Sequence[str]) -> None:
     from onnxruntime import quantization as ort
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
@@ -268,7 +229,7 @@ def _static(source: Path, part: Path, config: Quantize, reader: _Reader, nodes: 
         reduce_range=config.target == "x86-avx2",
         activation_type=ort.QuantType.QInt8 if signed else ort.QuantType.QUInt8,
         weight_type=ort.QuantType.QInt8,
-        nodes_to_exclude=list(nodes),
+        nodes_to_exclude=[*nodes, *masking_nodes(source)],
         calibrate_method={
             "minmax": ort.CalibrationMethod.MinMax,
             "entropy": ort.CalibrationMethod.Entropy,
@@ -287,7 +248,7 @@ def _dynamic(source: Path, part: Path, config: Quantize, nodes: Sequence[str]) -
     from onnxruntime import quantization as ort
 
     ort.quantize_dynamic(
-        str(source),
+        with_own_weights(source),
         str(part),
         op_types_to_quantize=list(_DYNAMIC_OPS),
         per_channel=True,
@@ -300,11 +261,16 @@ def _dynamic(source: Path, part: Path, config: Quantize, nodes: Sequence[str]) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the quantizer's advice to pre-process, and its own deprecated calls, off the user's terminal."""
+    """Keep off the terminal what the quantizer says about itself.
+
+    It advises to pre-process a graph that the exporter has optimized already, and notes that it quantizes the
+    vectors of normalisation layers as a whole.
+    """
     root = logging.getLogger()
 
     def ours(record: logging.LogRecord) -> bool:
-        return "pre-processing before quantization" not in record.getMessage()
+        text = record.getMessage()
+        return "pre-processing before quantization" not in text and "is out-of-range for weight" not in text
 
     root.addFilter(ours)
     try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from deploy_networks import TwoInputs, chain, seeded
 
-from lightning_prune.deploy.onnx import export_onnx
+from lightning_prune.deploy.onnx import Onnx, export_onnx
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,9 @@ def two_inputs(tmp_path_factory):
     net = seeded(TwoInputs)
     path = tmp_path_factory.mktemp("two") / "net.onnx"
     args = (torch.randn(1, 3, 8, 8),)
-    return net, export_onnx(net, path, args, {"meta": torch.randn(1, 2)}, metadata={"note": "rgb"})
+    return net, export_onnx(
+        net, path, args, {"meta": torch.randn(1, 2)}, Onnx(normalization="RGB, 0-1", classes=["a", "b"])
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -15,11 +16,19 @@ from deploy_networks import TwoInputs
 from onnx import numpy_helper
 from torch import nn
 
-from lightning_prune.deploy.onnx import OPSET, export_onnx, with_batch_of_two
+from lightning_prune.deploy.onnx import OPSET, Onnx, export_onnx, with_batch_of_two
 from lightning_prune.deploy.parity import check_parity
+from lightning_prune.deploy.quantize import Quantize, quantize_file
 from lightning_prune.deploy.runtime import OnnxModule
 from lightning_prune.deploy.weights import count_weights
-from lightning_prune.errors import EvaluationError, ExportError, OutputError, ParityError, TracingError
+from lightning_prune.errors import (
+    ConfigurationError,
+    EvaluationError,
+    ExportError,
+    OutputError,
+    ParityError,
+    TracingError,
+)
 
 
 def session(path):
@@ -82,12 +91,85 @@ def test_there_is_one_file_of_the_stated_opset_with_the_metadata(two_inputs):
     proto = onnx.load(str(exported.path))
     assert [p.name for p in exported.path.parent.iterdir()] == ["net.onnx"]
     assert {o.domain: o.version for o in proto.opset_import}[""] == exported.opset == OPSET
-    assert {p.key: p.value for p in proto.metadata_props} == {"note": "rgb"}
+    assert proto.producer_name == "pytorch"
+
+
+def test_the_file_says_what_goes_in_and_what_comes_out(two_inputs, tmp_path):
+    _, exported = two_inputs
+
+    def notes(path):
+        found = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+        return {k: json.loads(v) if v.startswith("[") else v for k, v in found.items()}
+
+    said = notes(exported.path)
+    assert said["inputs"] == [
+        {"name": "image", "type": "float", "shape": ["batch", 3, 8, 8]},
+        {"name": "meta", "type": "float", "shape": ["batch", 2]},
+    ]
+    assert [(o["name"], o["type"]) for o in said["outputs"]] == [
+        ("logits", "float"), ("aux_0", "float"), ("aux_1", "int64"),
+    ]  # fmt: skip
+    assert said["classes"] == ["a", "b"]
+    assert said["normalization"] == "RGB, 0-1"
+    rng = np.random.default_rng(0)
+    feed = {"image": rng.random((4, 3, 8, 8), "float32"), "meta": rng.random((4, 2), "float32")}
+    for mode in ("static", "dynamic"):
+        done = quantize_file(exported.path, tmp_path / "q.onnx", Quantize(mode=mode), [feed])
+        assert {**notes(done.path), **said} == notes(done.path)
+
+
+def test_open_height_and_width(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    options = Onnx(dynamic_axes={"input": {2: "height", 3: "width"}})
+    exported = export_onnx(net, tmp_path / "x.onnx", (torch.randn(2, 1, 8, 8),), {}, options)
+    assert session(exported.path).get_inputs()[0].shape == ["batch", 1, "height", "width"]
+    check_parity(net, exported, [((torch.randn(3, 1, 5, 7),), {}), ((torch.randn(2, 1, 16, 9),), {})])
+
+
+class Detector(nn.Module):
+    """Keeps what scores above a threshold: how many, depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(3, 5, 3, padding=1)
+
+    def forward(self, x):
+        out = self.head(x).flatten(2).permute(0, 2, 1).reshape(-1, 5)
+        keep = torch.nonzero(out[:, 4] > 0).squeeze(1)
+        order = torch.argsort(out[keep, 4], descending=True)
+        return {"boxes": out[keep, :4][order], "scores": out[keep, 4][order]}
+
+
+def test_a_network_whose_output_size_depends_on_the_data_goes_through_the_legacy_exporter(tmp_path):
+    torch.manual_seed(0)
+    net = Detector().eval()
+    options = Onnx(legacy=True, opset=17)
+    exported = export_onnx(net, tmp_path / "d.onnx", (torch.randn(2, 3, 8, 8),), {}, options)
+    parity = check_parity(net, exported, [((torch.randn(n, 3, 8, 8),), {}) for n in (3, 4)])
+    assert parity["batches"] == [3, 2, 1, 4]
+    assert exported.opset == 17
+    assert [o.name for o in session(exported.path).get_outputs()] == ["boxes", "scores"]
+    for text in (b".py", b"Detector", b"test_onnx"):
+        assert text not in exported.path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"opset": 3}, "`opset` must be a whole number of at least 7"),
+        ({"dynamic_axes": {"x": {0: "n"}}}, r"`dynamic_axes\['x'\]`"),
+        ({"dynamic_axes": {"x": ["time"]}}, r"`dynamic_axes\['x'\]`.*write \{2: 'time'\}"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_options(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Onnx(**arguments)
 
 
 def test_an_opset_that_the_exporter_does_not_give_is_an_error(tmp_path):
     with pytest.raises(ExportError, match=r"[Oo]pset 12 was asked for and the exporter wrote"):
-        export_onnx(nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 2),), opset=12)
+        export_onnx(nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 2),), {}, Onnx(opset=12))
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +251,7 @@ SPEECH = """
     import torch
     from pathlib import Path
     from torch import nn
-    from lightning_prune.deploy.onnx import export_onnx
+    from lightning_prune.deploy.onnx import Onnx, export_onnx
     from lightning_prune.deploy.parity import check_parity
     from lightning_prune.errors import ExportError
 
@@ -184,14 +266,16 @@ SPEECH = """
 
     torch.manual_seed(0)
     path, axes = Path(sys.argv[1]), {"x": {1: "time"}}
-    exported = export_onnx(Speech(), path, (torch.randn(2, 5, 4),), dynamic_axes=axes)
+    exported = export_onnx(Speech(), path, (torch.randn(2, 5, 4),), {}, Onnx(dynamic_axes=axes))
     torch.manual_seed(0)
+    net = Speech().eval()
     calls = [((torch.randn(3, 9, 4),), {}), ((torch.randn(2, 2, 4),), {})]
-    parity = check_parity(Speech().eval(), exported, calls)
+    parity = check_parity(net, exported, calls)
     assert parity["max_rel"] < 1e-4, parity
     print(parity["batches"])
     try:
-        export_onnx(Speech(), path.with_name("again.onnx"), (torch.randn(2, 5, 4),), dynamic_axes=axes)
+        again = path.with_name("again.onnx")
+        export_onnx(Speech(), again, (torch.randn(2, 5, 4),), {}, Onnx(dynamic_axes=axes))
         print("torch keeps the axis now: drop the remark in _check_axes")
     except ExportError as error:
         print(error)
@@ -211,7 +295,9 @@ def test_a_recurrent_network_with_an_open_time_axis(tmp_path):
 
 def test_an_unknown_dynamic_axis_names_the_inputs(tmp_path):
     with pytest.raises(TracingError, match=r"'y'.*there are: input"):
-        export_onnx(nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 2),), dynamic_axes={"y": {1: "t"}})
+        export_onnx(
+            nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 2),), {}, Onnx(dynamic_axes={"y": {1: "t"}})
+        )
 
 
 def test_a_module_that_fails_on_its_example_says_so(tmp_path):

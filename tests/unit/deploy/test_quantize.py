@@ -284,3 +284,23 @@ def test_lstm_is_quantized_dynamically_only(tmp_path):
     assert "DynamicQuantizeLSTM" in optimized_ops(dynamic.path, tmp_path)
     got, expected = outputs(dynamic.path, feed), outputs(exported.path, feed)
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_a_weight_that_two_layers_share_survives_dynamic_quantization(tmp_path):
+    """ONNX Runtime transposes it once for each layer: a square one comes out wrong without a word."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.layer(torch.relu(self.layer(x)))
+
+    torch.manual_seed(0)
+    exported = export_onnx(Tied(), tmp_path / "t.onnx", (torch.randn(2, 16),))
+    done = quantize_file(exported.path, tmp_path / "q.onnx", Quantize(mode="dynamic"), [])
+    feed = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype("float32")}
+    got, expected = outputs(done.path, feed), outputs(exported.path, feed)
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+    assert done.integer == 2
