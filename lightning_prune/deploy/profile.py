@@ -29,6 +29,7 @@ ENGINES = ("onnxruntime", "openvino")
 Progress = Callable[[str, float], None]
 # What one further process costs besides its own work: starting Python, importing, loading.
 _START_SECONDS = 1.0
+_NO_TIME = "no time was left; raise Profile(max_seconds=...)"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Profile:
         batch: Samples in one run.
         rounds: Rounds to time, if the time allows: 100 give a p90, 1,000 a p99. Small files are timed in up
             to ten times as many, to fill two seconds.
-        max_seconds: About how long the whole profile may take.
+        max_seconds: About how long the whole profile may take. What does not fit is left out and says so:
+            first the peak, then the time by operator.
         operators: Whether to add up the time by operator, in a run of its own.
         engine: `"onnxruntime"`, or `"openvino"` (extra `[openvino]`; no times by operator).
         dims: Sizes of open dimensions other than the batch, for random inputs: `{"time": 100}`.
@@ -58,7 +60,7 @@ class Profile:
     threads: int = 1
     batch: int = 1
     rounds: int = 1000
-    max_seconds: float = 15.0
+    max_seconds: float = 18.0
     operators: bool = True
     engine: str = "onnxruntime"
     dims: dict[str, int] = field(default_factory=dict)
@@ -155,12 +157,13 @@ def profile_files(
     for number, (name, path) in enumerate(paths.items()):
         tell("memory and operators", number / len(paths))
         left = started + config.max_seconds - time.monotonic()
-        share = left / (len(paths) - number)
+        share = left / (len(paths) - number)  # what is left is shared among the files still to come
         measured[name] = {} if name in failed else _measure_apart(job, str(path), config.operators, share)
     tell("memory and operators", 1.0)
     protocol = describe_protocol(config, timed, list(paths), job.inputs is not None)
     if config.roofline:
-        protocol["peak_gmacs"] = measure_peak(job)
+        in_time = time.monotonic() < started + config.max_seconds - _START_SECONDS
+        protocol["peak_gmacs"] = measure_peak(job) if in_time else {"reason": _NO_TIME}
     protocol["total_seconds"] = round(time.monotonic() - started, 2)
     return ProfileResult(
         files={name: _file_profile(name, timed, failed, measured[name], protocol) for name in paths},
@@ -231,6 +234,8 @@ def _measure_apart(job: Job, path: str, operators: bool, seconds: float) -> dict
         found["missing"]["operators"] = "not asked for"
     elif job.engine != "onnxruntime":
         found["missing"]["operators"] = "only ONNX Runtime is profiled by operator"
+    elif seconds < _START_SECONDS:
+        found["missing"]["operators"] = _NO_TIME
     else:
         try:
             span = min(1.0, max(0.1, seconds - 2 * _START_SECONDS))

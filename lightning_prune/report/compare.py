@@ -91,13 +91,14 @@ def compare_files(paths: Sequence[str | Path], variant: str | None = None) -> Co
 
 
 def run_names(paths: Sequence[str | Path]) -> list[str]:
-    """Name runs by their directories, with as many parents as it takes to tell them apart.
+    """Name runs by their directories, or by other files' own names, with as many parents as tell them apart.
 
     Example:
-        >>> run_names(["runs/a/edge", "runs/b/edge/report.json"])
-        ['a/edge', 'b/edge']
+        >>> run_names(["runs/a/edge", "runs/b/edge/report.json", "c.json"])
+        ['a/edge', 'b/edge', 'c']
     """
-    folders = [Path(path).parent if Path(path).suffix == ".json" else Path(path) for path in paths]
+    named = [Path(path) for path in paths]
+    folders = [path.parent if path.name == "report.json" else path.with_suffix("") for path in named]
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) or "." for folder in folders]
         if len(set(names)) == len(names):

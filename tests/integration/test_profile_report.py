@@ -18,7 +18,7 @@ from lightning_prune.report.results import Report
 def test_files_become_a_report_in_all_its_forms(tmp_path):
     dense = conv_file(tmp_path / "dense.onnx", channels=64, size=16)
     pruned = conv_file(tmp_path / "pruned.onnx", channels=16, size=16)
-    config = Profile(rounds=200, max_seconds=6)
+    config = Profile(rounds=200, max_seconds=40)
     report = profile_report([dense, pruned], config, also=[Profile(threads=2, rounds=20, max_seconds=2)])
     first, second = report.variants
     assert first.macs == 16 * 16 * 9 * 64 * (3 + 64)
