@@ -91,7 +91,10 @@ def latency_bars(report: Report) -> tuple[Bar, ...]:
     bars = []
     for name, times in timed:
         parts = [("p90", times.p90), ("p99", times.p99)]
-        note = ", ".join(f"{key} {text.digits(value)}" for key, value in parts if value is not None)
+        said = [f"{key} {text.digits(value)}" for key, value in parts if value is not None]
+        if times.p50_interval is not None:
+            said.insert(0, f"{text.digits(times.p50_interval.low)} to {text.digits(times.p50_interval.high)}")
+        note = ", ".join(said)
         reach = None if times.p90 is None else 100 * times.p90 / whole
         tick = None if times.p99 is None or times.p99 > whole else 100 * times.p99 / whole
         bars.append(Bar(name, 100 * times.p50 / whole, text.milliseconds(times.p50), reach, tick, note))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.report import text
-from lightning_prune.report.results import Interval, Latency, Measurement, Operator, Report, Variant
+from lightning_prune.report.results import Latency, Measurement, Operator, Report, Variant
 
 if TYPE_CHECKING:
     from lightning_prune.deploy.profile import FileProfile, ProfileResult
@@ -45,7 +45,7 @@ def with_column(report: Report, label: str, result: ProfileResult) -> Report:
         label: The column's title, such as `"openvino, 1 thread"`.
         result: What was measured there.
     """
-    latency = {name: latency_from(f.latency_ms) for name, f in result.files.items() if f.latency_ms}
+    latency = {name: Latency(**f.latency_ms) for name, f in result.files.items() if f.latency_ms}
     memory = {n: f.peak_memory_bytes for n, f in result.files.items() if f.peak_memory_bytes is not None}
     column = Measurement(
         label=label,
@@ -58,23 +58,10 @@ def with_column(report: Report, label: str, result: ProfileResult) -> Report:
     return replace(report, measurements=(*report.measurements, column))
 
 
-def latency_from(data: Mapping[str, Any]) -> Latency:
-    """Return a `Latency` from the plain data of a profile.
-
-    Example:
-        >>> latency_from({"p50": 1.0, "p90": None, "p99": None, "mean": 1.1, "runs": 9}).runs
-        9
-    """
-    values = dict(data)
-    if values.get("speedup") is not None:
-        values["speedup"] = Interval(**values["speedup"])
-    return Latency(**values)
-
-
 def _measured(variant: Variant, found: FileProfile) -> Variant:
     return replace(
         variant,
-        latency_ms=None if found.latency_ms is None else latency_from(found.latency_ms),
+        latency_ms=None if found.latency_ms is None else Latency(**found.latency_ms),
         peak_memory_bytes=found.peak_memory_bytes,
         operators=tuple(Operator(**row) for row in found.operators),
         energy_mj=found.energy_mj,

@@ -51,6 +51,7 @@ class Latency:
         mean: Arithmetic mean.
         runs: How many runs were timed.
         min: The fastest run.
+        p50_interval: The median with its 95 % interval, from order statistics; None below 10 runs.
         speedup: Baseline median over this median (above 1 is faster), with a paired bootstrap interval.
         speedup_min: Baseline minimum over this minimum, a cross-check of `speedup`.
     """
@@ -63,6 +64,14 @@ class Latency:
     min: float | None = None
     speedup: Interval | None = None
     speedup_min: float | None = None
+    p50_interval: Interval | None = None
+
+    def __post_init__(self) -> None:
+        """Take intervals as plain data too."""
+        for name in ("speedup", "p50_interval"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, Interval(**value))
 
 
 @dataclass(frozen=True)

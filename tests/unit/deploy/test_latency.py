@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_prune.deploy.latency import is_noisy, speedup, summarize
+from lightning_prune.deploy.latency import is_noisy, median_interval, speedup, summarize
 
 times = st.lists(st.integers(1_000, 10**9), min_size=2, max_size=300)
 
@@ -76,3 +76,17 @@ def test_noise_is_what_leaves_one_by_more_than_five_percent(interval, noisy):
 
 def test_unknown_noise_counts_as_noise():
     assert is_noisy(None)
+
+
+def test_median_interval_covers_the_truth_at_least_95_times_in_100():
+    generator = np.random.default_rng(2)
+    covered = 0
+    for _ in range(500):
+        found = median_interval(generator.exponential(1.0, 60))
+        covered += found["low"] <= np.log(2) <= found["high"]
+    assert 465 <= covered < 500
+
+
+def test_median_interval_needs_ten_runs():
+    assert median_interval(np.ones(9)) is None
+    assert summarize([2_000_000] * 10)["p50_interval"] == {"value": 2.0, "low": 2.0, "high": 2.0}

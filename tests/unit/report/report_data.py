@@ -26,6 +26,7 @@ latencies = st.builds(
     min=st.none() | positive,
     speedup=st.none() | intervals,
     speedup_min=st.none() | positive,
+    p50_interval=st.none() | intervals,
 )
 operations = st.builds(Operator, st.text(), st.floats(0, 1e6), st.floats(0, 1), st.integers(1, 999))
 variants = st.builds(
