@@ -50,3 +50,10 @@ def embedding_file(path: Path) -> Path:
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])]
     weights = {"table": table, "last": np.array([-1]), "time_axis": np.array([1])}
     return save(path, nodes, inputs, outputs, weights)
+
+
+def text_file(path: Path) -> Path:
+    """Pass a (batch, 1) string input called "file" through."""
+    x = helper.make_tensor_value_info("file", TensorProto.STRING, ["batch", 1])
+    y = helper.make_tensor_value_info("y", TensorProto.STRING, ["batch", 1])
+    return save(path, [helper.make_node("Identity", ["file"], ["y"])], [x], [y])

@@ -141,7 +141,9 @@ def _write_job(folder: Path, job: Job, task: str, entries: Entries, seconds: flo
     for marker in (package.parent / "__init__.py", package / "__init__.py"):
         marker.touch()
     if job.inputs is not None:
-        np.savez(folder / "inputs.npz", **job.inputs)  # type: ignore[arg-type]
+        # By position: a name may be "file", an argument of savez. Strings as strings: objects are pickled.
+        arrays = [a.astype(str) if a.dtype == object else a for a in job.inputs.values()]
+        np.savez(folder / "inputs.npz", *arrays)
     settings = {key: value for key, value in vars(job).items() if key != "inputs"}
     absolute = [(key, os.path.abspath(path)) for key, path in entries]  # noqa: PTH100 - keeps symbolic links
     content = {
@@ -149,7 +151,7 @@ def _write_job(folder: Path, job: Job, task: str, entries: Entries, seconds: flo
         "task": task,
         "entries": absolute,
         "seconds": seconds,
-        "inputs": job.inputs is not None,
+        "inputs": None if job.inputs is None else list(job.inputs),
     }
     (folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
 

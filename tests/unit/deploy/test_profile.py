@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
-from onnx_files import conv_file, embedding_file
+from onnx_files import conv_file, embedding_file, text_file
 
 from lightning_prune.deploy._profile_protocol import baseline_of, trust_warnings
 from lightning_prune.deploy._profile_run import ChildError, Job, run_child
@@ -96,6 +96,15 @@ def test_larger_file_takes_more_memory(tmp_path):
     assert weights * 0.9 < grown < weights * 6
 
 
+def test_memory_of_many_real_inputs_is_not_the_files(tmp_path):
+    path = conv_file(tmp_path / "c.onnx", 64, 8)
+    few, many = (np.ones((count, 3, 8, 8), "f4") for count in (1, 100_000))  # 77 MB
+    small, large = (
+        profile_files({"c": path}, QUICK, {"x": array}).files["c"].peak_memory_bytes for array in (few, many)
+    )
+    assert abs(large - small) < 4_000_000
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pinning needs sched_setaffinity")
 def test_child_is_pinned_to_allowed_cores(files):
     result = profile_files({"dense": files["dense"]}, QUICK)
@@ -142,6 +151,12 @@ def test_real_inputs_are_used_and_cut_to_the_batch(tmp_path):
     assert profile_files({"e": path}, QUICK, bad).files["e"].latency_ms is not None
     with pytest.raises(ProfileError, match="indices element out of data bounds"):
         profile_files({"e": path}, QUICK, {**inputs, "tokens": np.array([[99, 2]])})
+
+
+def test_strings_and_awkward_names_can_be_inputs(tmp_path):
+    path = text_file(tmp_path / "t.onnx")
+    for inputs in (None, {"file": np.array([["a word"]], dtype=object)}):
+        assert profile_files({"t": path}, QUICK, inputs).files["t"].latency_ms["runs"] > 0
 
 
 def test_open_dimension_needs_a_size(tmp_path):
