@@ -237,7 +237,9 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(3):
         run(feeds)
     after = peak_memory()
-    return {"bytes": None if before is None or after is None else after - before, "imports_bytes": before}
+    if before is None or after is None or after <= before:
+        return {"bytes": None, "imports_bytes": before}
+    return {"bytes": after - before, "imports_bytes": before}
 
 
 def operators(job: dict[str, Any]) -> dict[str, Any]:

@@ -82,26 +82,25 @@ def test_core_times_grow_for_every_core():
 
 
 MEASURE = """
-import json, resource, runpy, sys
+import json, runpy, sys
 from pathlib import Path
 peak_memory = runpy.run_path(sys.argv[1])["peak_memory"]
 before = peak_memory()
 taken = b"x" * (200 << 20)
 after = peak_memory()
-kernel = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 Path.read_text = lambda self: open("/no/such/file")
-print(json.dumps([before, after, kernel, peak_memory()]))
+print(json.dumps([before, after, peak_memory()]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
-def test_peak_memory_grows_with_what_is_taken_and_agrees_with_the_kernels_other_count():
+def test_peak_memory_is_that_of_the_process_and_unknown_without_proc():
     command = [sys.executable, "-c", MEASURE, str(machine.__file__)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    before, after, kernel, without_proc = json.loads(done.stdout)
+    before, after, without_proc = json.loads(done.stdout)
+    assert 0 < before < 100 << 20  # not what this process, which started it, has taken
     assert after - before == pytest.approx(200 << 20, rel=0.02)
-    assert after == pytest.approx(kernel, rel=0.02)
-    assert without_proc == pytest.approx(after, rel=0.02)
+    assert without_proc is None or sys.platform == "darwin"
 
 
 def test_load_average_is_missing_where_the_system_has_none(monkeypatch):
