@@ -229,9 +229,8 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
 def memory(job: dict[str, Any]) -> dict[str, Any]:
     """Measure the peak memory of loading and running one file, less what the imports had taken."""
     import_module(job["engine"])
-    given = given_inputs(
-        job
-    )  # before the first reading, and kept: freed, it would hide as much of the file's
+    # Before the first reading, and kept: once freed, the inputs would hide as much of the file's own memory.
+    given = given_inputs(job)
     before = peak_memory()
     run, feeds, _ = open_ready(job["entries"][0][1], job, given)
     for _ in range(3):
