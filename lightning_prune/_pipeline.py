@@ -15,12 +15,13 @@ import torch
 
 from lightning_prune import cost
 from lightning_prune._task import Data, Made, Task, assemble
+from lightning_prune.deploy.bundle import write_bundle
 from lightning_prune.deploy.calls import Call, explicit_call, submodule
 from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.evaluate import cpu_trainer, evaluate_file, has_data, quiet_lightning
 from lightning_prune.deploy.files import check_writable, remove_stale, staged
 from lightning_prune.deploy.loaders import SAMPLES, batches_in_turn, captured_calls, leaves_of
-from lightning_prune.deploy.onnx import export_onnx
+from lightning_prune.deploy.onnx import batch_size, export_onnx, has_batch
 from lightning_prune.deploy.parity import check_parity, resized
 from lightning_prune.deploy.profile import ProfileResult, profile_files
 from lightning_prune.deploy.quantize import Quantize, quantize_file
@@ -57,9 +58,11 @@ def run(task: Task, progress: Progress | None = None) -> Report:
         _evaluate(task, made, tell)
         if task.quantize is not None:
             _quantize(task, made, stage, tell)
-        profile, reason = _profile(task, made, tell)
+        inputs, batched = _samples(made)
+        profile, reason = _profile(task, made, inputs, tell)
         report = assemble(task, made, profile, reason)
         write_report(report, stage)
+        write_bundle(stage, {v.name: v.file for v in report.variants}, inputs, batched)
         kept = {p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file()}
     remove_stale(dirpath, before - kept)
     return report
@@ -216,14 +219,23 @@ def calibration_feeds(task: Task, base: Made) -> list[Feed]:
     return [to_feed(session, [face.tensors(*call)[i] for i in face.kept]) for call in calls]
 
 
-def _profile(task: Task, made: Mapping[str, Made], tell: Progress) -> tuple[ProfileResult | None, str]:
-    if task.profile is None:
-        return None, "not asked for"
+def _samples(made: Mapping[str, Made]) -> tuple[Feed, list[str]]:
+    """Return real inputs of the files, and which of them have a batch."""
     first = next(iter(made.values()))
     face = first.exported.interface
-    session = open_session(first.exported.path, threads=1)
     tensors = face.tensors(*first.calls[0])
-    inputs = to_feed(session, [tensors[i] for i in face.kept])
+    size = batch_size(tensors)
+    kept = [(face.inputs.names[i], tensors[i]) for i in face.kept]
+    batched = [name for name, tensor in kept if size is not None and has_batch(tensor, size)]
+    session = open_session(first.exported.path, threads=1)
+    return to_feed(session, [tensor for _, tensor in kept]), batched
+
+
+def _profile(
+    task: Task, made: Mapping[str, Made], inputs: Feed, tell: Progress
+) -> tuple[ProfileResult | None, str]:
+    if task.profile is None:
+        return None, "not asked for"
     files = {name: item.exported.path for name, item in made.items()}
     try:
         return profile_files(files, task.profile, inputs, lambda s, f: tell(f"profile: {s}", f)), ""

@@ -77,7 +77,8 @@ def accuracy(path, seed=1):
 
 def test_the_files_and_the_report_are_there_and_nothing_else(run):
     names = sorted(p.name for p in (run["path"] / "edge").iterdir())
-    assert names == sorted([*THREE, "report.json", "report.md", "report.html"])
+    reports = ["report.json", "report.md", "report.html"]
+    assert names == sorted([*THREE, *reports, "manifest.json", "run.py", "samples.npz"])
     assert sorted(p.name for p in run["path"].iterdir() if p.name.startswith(".")) == []
 
 

@@ -1,0 +1,116 @@
+"""Running a bundle on another machine, over ssh.
+
+One connection carries it all: the bundle goes in as an archive on standard input, is unpacked into a
+temporary directory, run, and removed; the result comes back as JSON. The device needs `sh`, `tar`, Python,
+numpy and onnxruntime. Only the system's own `ssh` handles keys and passwords.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.deploy.bundle import RUNNER, archive_bundle
+from lightning_prune.errors import ConfigurationError, MissingDependencyError, ProfileError
+
+_DROPPED = 255  # what ssh exits with when the connection is at fault
+
+
+def run_over_ssh(
+    dirpath: str | Path,
+    host: str,
+    *,
+    python: str = "python3",
+    rounds: int = 200,
+    seconds: float = 15.0,
+    threads: int = 1,
+    ssh_options: Sequence[str] = (),
+    timeout: float = 600.0,
+) -> dict[str, Any]:
+    """Push a bundle to a machine, run it there, and return what it measured.
+
+    Args:
+        dirpath: The bundle; it is verified first.
+        host: `user@host`, or a name from `~/.ssh/config`.
+        python: The device's Python.
+        rounds: Rounds to time; 0 only verifies and compares.
+        seconds: About how long to time.
+        threads: Threads of the runtime.
+        ssh_options: Further options of `ssh`, such as `["-p", "2222"]`.
+        timeout: Seconds after which the device is given up.
+
+    Returns:
+        The runner's result, see `run.py`.
+
+    Raises:
+        ConfigurationError: The host is malformed.
+        ProfileError: The connection fails or drops, the device lacks something, or it refuses the bundle.
+        ExportError: The bundle was changed.
+        MissingDependencyError: There is no `ssh`.
+    """
+    if not host or host.startswith("-") or any(c.isspace() for c in host):
+        raise ConfigurationError.of("run_over_ssh", "host", "`user@host`", host)
+    if shutil.which("ssh") is None:
+        raise MissingDependencyError.of("ssh", "profiling a device", "an OpenSSH client")
+    name = Path(dirpath).resolve().name
+    runner = [python, f"$d/{name}/{RUNNER}", "--rounds", str(rounds), "--seconds", str(seconds)]
+    runner += ["--threads", str(threads)]
+    # The path holds a variable of the remote shell, and must not be quoted away from it.
+    words = " ".join(
+        f'"$d"/{shlex.quote(f"{name}/{RUNNER}")}' if "$d" in w else shlex.quote(w) for w in runner
+    )
+    script = (
+        'set -e; d=$(mktemp -d); trap "rm -rf \\"$d\\"" EXIT HUP TERM; '
+        f'tar -xzf - -C "$d"; set +e; {words}; s=$?; exit $s'
+    )
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
+    options += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", *ssh_options]
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = archive_bundle(dirpath, Path(scratch) / "bundle.tar.gz")
+        try:
+            with archive.open("rb") as packed:
+                done = subprocess.run(
+                    ["ssh", *options, host, script],
+                    stdin=packed, capture_output=True, text=True, timeout=timeout, check=False,
+                )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise ProfileError(f"{host} did not answer within {timeout:g} s.") from error
+    return parse_result(done.stdout, done.returncode, done.stderr, host)
+
+
+def parse_result(output: str, status: int, errors: str, host: str) -> dict[str, Any]:
+    """Read what the runner printed.
+
+    Args:
+        output: Its standard output.
+        status: Its exit status.
+        errors: Its standard error.
+        host: Where it ran, for the message.
+
+    Returns:
+        The result; outputs that differ from those expected are in it, as `ok: False`.
+
+    Raises:
+        ProfileError: There is no result.
+    """
+    tail = " ".join(errors.split())[-400:]
+    if status == _DROPPED:
+        raise ProfileError(f"The connection to {host} failed or dropped: {tail or 'no reason given'}.")
+    try:
+        result = json.loads(output.strip().splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        missing = "; install numpy and onnxruntime there" if "ModuleNotFoundError" in errors else ""
+        raise ProfileError(
+            f"{host} gave no result (exit status {status}): {tail or 'it printed nothing'}{missing}."
+        ) from error
+    if not isinstance(result, dict) or result.get("schema") != 1:
+        raise ProfileError(f"{host} gave a result of another version: {output[:200]!r}.")
+    if "refused" in result:
+        raise ProfileError(f"{host} refused the bundle: {result['refused']}.")
+    return result
