@@ -70,10 +70,13 @@ def trust_warnings(config: Profile, protocol: dict[str, Any], failed: dict[str, 
         )
     share = protocol["cpu_share"]
     if config.threads == 1 and share is not None and share < _LEAST_SHARE:
-        found.append(
-            f"Other programs were running: the timing had {share:.0%} of its core. The medians are as good "
-            f"as {protocol['baseline']} against itself; p90, p99 and mean are not those of a quiet machine."
-        )
+        sentence = f"Other programs were running: the timing had {share:.0%} of its core."
+        if not protocol["noisy"]:
+            sentence += (
+                f" The medians are as good as {protocol['baseline']} against itself; "
+                "p90, p99 and mean are not those of a quiet machine."
+            )
+        found.append(sentence)
     restless = [name for name, warm in protocol["warm_up"].items() if not warm["settled"]]
     if restless:
         found.append(f"The times of {', '.join(restless)} had not settled when the warm-up ended.")
