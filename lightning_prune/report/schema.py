@@ -18,7 +18,7 @@ def json_schema() -> dict[str, Any]:
     Keys that it does not name are allowed: later versions add some.
 
     Returns:
-        The schema as plain data, as it is shipped in `report.schema.json`.
+        The schema as plain data, as it is shipped in `templates/report.schema.json`.
 
     Example:
         >>> json_schema()["properties"]["schema"]

@@ -16,7 +16,7 @@ from lightning_prune.report.results import Report
 from lightning_prune.report.schema import json_schema
 
 SHIPPED = json.loads(
-    files("lightning_prune.report").joinpath("report.schema.json").read_text(encoding="utf-8")
+    files("lightning_prune.report").joinpath("templates/report.schema.json").read_text(encoding="utf-8")
 )
 KINDS = {
     "string": str,
