@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.report import charts, text
+from lightning_prune.report.classes import class_table
 from lightning_prune.report.layers import layer_table
-from lightning_prune.report.measures import missing, rows
+from lightning_prune.report.measures import column_rows, missing, rows
 from lightning_prune.report.observations import faster, remarks
 from lightning_prune.report.protocol import profile_sentence
 from lightning_prune.report.results import Report, Variant
@@ -55,7 +56,6 @@ def render_html(report: Report) -> str:
     environment.filters["typeset"] = typeset
     environment.filters["breakable"] = breakable
     environment.filters["percent"] = text.percent
-    environment.filters["milliseconds"] = text.milliseconds
     return environment.get_template("report.html.j2").render(_context(report)) + "\n"
 
 
@@ -140,13 +140,17 @@ def _context(report: Report) -> dict[str, Any]:
     dots, dot_ticks = charts.speed_dots(report)
     panels, epoch_ticks = charts.schedule_panels(report)
     last = next((v for v in reversed(report.variants) if v is not report.baseline), None)
+    class_names, classes = class_table(report)
     return {
         "report": report,
+        "class_names": class_names,
+        "classes": classes,
         "made": _made(report),
         "compared": last,
         "headlines": headlines(report),
         "remarks": remarks(report),
         "rows": rows(report),
+        "columns": column_rows(report),
         "notes": missing(report),
         "protocol": profile_sentence(report),
         "noisy": bool(report.profile.get("noisy")),

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lightning_prune.report import text
+from lightning_prune.report.classes import class_table
 from lightning_prune.report.layers import layer_table
-from lightning_prune.report.measures import missing, rows
+from lightning_prune.report.measures import Row, column_rows, missing, rows
 from lightning_prune.report.observations import remarks
 from lightning_prune.report.protocol import profile_sentence
 from lightning_prune.report.results import Report
@@ -39,6 +40,7 @@ def render_markdown(report: Report) -> str:
     parts.append(variants_table(report))
     notes = [sentence for sentence in (profile_sentence(report), *missing(report)) if sentence]
     parts.extend(escape(sentence) for sentence in notes)
+    parts.extend(_classes(report))
     parts.extend(_operators(report))
     parts.extend(_columns(report))
     parts.extend(_layers(report))
@@ -66,8 +68,12 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]], right: bool = F
 
 def variants_table(report: Report) -> str:
     """Return the table of all measures of all variants, with their comparisons."""
+    return _rows_table(report, rows(report))
+
+
+def _rows_table(report: Report, found: Iterable[Row]) -> str:
     lines = []
-    for row in rows(report):
+    for row in found:
         cells = [f"{c.value} ({c.compared})" if c.compared else c.value for c in row.cells]
         lines.append([row.measure.title, *cells])
     return table(["", *(variant.name for variant in report.variants)], lines, right=True)
@@ -88,18 +94,17 @@ def _operators(report: Report) -> list[str]:
     return ["## Where the time goes", *parts] if parts else []
 
 
-def _columns(report: Report) -> list[str]:
-    if not report.measurements:
+def _classes(report: Report) -> list[str]:
+    names, found = class_table(report)
+    if not found:
         return []
-    lines = []
-    for column in report.measurements:
-        cells = []
-        for variant in report.variants:
-            latency = column.latency_ms.get(variant.name)
-            cells.append(text.milliseconds(latency.p50) if latency else column.reason or "–")
-        lines.append([column.label, *cells])
-    header = ["p50", *(variant.name for variant in report.variants)]
-    return ["## Other engines and devices", table(header, lines, right=True)]
+    lines = [[row.name, row.support, *row.recalls] for row in found]
+    return ["## Recall by class", table(["Class", "Samples", *names], lines, right=True)]
+
+
+def _columns(report: Report) -> list[str]:
+    found = column_rows(report)
+    return ["## Other engines and devices", _rows_table(report, found)] if found else []
 
 
 def _layers(report: Report) -> list[str]:

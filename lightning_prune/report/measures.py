@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_prune.report import text
 from lightning_prune.report.results import Report, Variant
@@ -74,6 +74,7 @@ _COSTS = (
     Measure("peak_memory_bytes", "Peak memory", lambda v: v.peak_memory_bytes, text.size, "less", "more"),
     Measure("energy_mj", "Energy per run", lambda v: v.energy_mj, text.millijoules, "less", "more"),
 )
+_EMPTY = Variant("")
 # These are worth a row even when no variant has them: the dash and its reason are the answer.
 _ALWAYS = ("latency_ms.p50", "latency_ms.p90", "peak_memory_bytes", "energy_mj")
 
@@ -119,6 +120,33 @@ def _throughput(report: Report) -> Row | None:
     return Row(Measure("throughput", "Of peak MACs/s", lambda v: None, text.digits), tuple(cells))
 
 
+def column_rows(report: Report) -> tuple[Row, ...]:
+    """Return latency and memory on further engines and devices, each compared on that engine itself."""
+    base = report.baseline
+    found = []
+    for column in report.measurements:
+        latency = {name: replace(_EMPTY, latency_ms=times) for name, times in column.latency_ms.items()}
+        memory = {
+            n: replace(_EMPTY, peak_memory_bytes=taken) for n, taken in column.peak_memory_bytes.items()
+        }
+        noisy = " (noisy)" if column.noisy else ""
+        for measured, measure, title in (
+            (latency, _COSTS[0], f"p50, {column.label}{noisy}"),
+            (memory, _COSTS[3], f"Memory, {column.label}"),
+        ):
+            why = column.reason or "not measured there"
+            own = {
+                v.name: measured.get(v.name, replace(_EMPTY, missing={measure.key: why}))
+                for v in report.variants
+            }
+            cells = tuple(
+                cell(measure, own[v.name], own[base.name] if base else None) for v in report.variants
+            )
+            if measured or measure is _COSTS[0]:
+                found.append(Row(replace(measure, title=title), cells))
+    return tuple(found)
+
+
 def is_int8(variant: Variant) -> bool:
     """Tell whether a variant computes in int8."""
     return variant.quantization is not None or variant.name.endswith((".int8", "_int8", "-int8"))
@@ -154,7 +182,7 @@ def reason(key: str, variant: Variant) -> str:
 def missing(report: Report) -> tuple[str, ...]:
     """Return a sentence for each reason why shown values are missing, with all variants it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
-    for row in rows(report):
+    for row in (*rows(report), *column_rows(report)):
         for variant, item in zip(report.variants, row.cells, strict=True):
             if item.reason:
                 found.setdefault((row.measure.title, item.reason), []).append(variant.name)

@@ -110,6 +110,7 @@ class Variant:
         energy_mj: Millijoules of one run, from a sensor; None without one.
         operators: Where the time goes, the slowest first.
         quantization: What the quantizer did, such as fusion coverage.
+        classes: Of a classifier: `names`, `support`, `recall` by class; `confusion`, true classes down.
         missing: Why a value above is None: `{"energy_mj": "no sensor"}`.
     """
 
@@ -127,6 +128,7 @@ class Variant:
     energy_mj: float | None = None
     operators: tuple[Operator, ...] = ()
     quantization: Mapping[str, Any] | None = None
+    classes: Mapping[str, Any] | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,8 @@ _TITLES = {
     "python": "Python",
     "packages": "Packages",
 }
+# What is told of a further device; its whole description is in report.json.
+_OF_A_DEVICE = ("cpu", "arch", "os", "python")
 
 
 def environment_rows(report: Report) -> list[list[str]]:
@@ -43,6 +45,12 @@ def environment_rows(report: Report) -> list[list[str]]:
             runs, seconds = warm.get("runs"), warm.get("seconds")
             end = "settled" if warm.get("settled") else "not settled"
             lines.append([f"Warm-up of {name}", f"{runs} runs in {seconds} s, {end}"])
+    for column in report.measurements:
+        known = [
+            said(column.environment[key]) for key in _OF_A_DEVICE if column.environment.get(key) is not None
+        ]
+        if known:
+            lines.append([f"On {column.label}", ", ".join(known)])
     return lines
 
 

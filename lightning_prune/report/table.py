@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_prune.report.measures import DASH, missing, rows
+from lightning_prune.report.measures import DASH, column_rows, missing, rows
 from lightning_prune.report.observations import remarks
 from lightning_prune.report.protocol import profile_sentence
 from lightning_prune.report.results import Report
@@ -71,7 +71,7 @@ def _add_columns(table: Table, report: Report) -> None:
         table.add_column(Text(variant.name), justify="right", no_wrap=True)
         if variant is not report.baseline:
             table.add_column(Text(f"to {report.baseline.name}" if report.baseline else "", style="dim"))
-    for row in rows(report):
+    for row in (*rows(report), *column_rows(report)):
         if all(cell.value == DASH for cell in row.cells):
             continue  # why is told below the table
         line: list[Text] = [Text(row.measure.title)]

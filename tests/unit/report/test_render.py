@@ -16,7 +16,7 @@ from lightning_prune.errors import OutputError
 from lightning_prune.report.html import headlines, render_html
 from lightning_prune.report.layers import layer_table
 from lightning_prune.report.markdown import render_markdown, table
-from lightning_prune.report.measures import missing, rows
+from lightning_prune.report.measures import column_rows, missing, rows
 from lightning_prune.report.render import write_report
 from lightning_prune.report.results import Measurement, Operator, Report, Variant
 from lightning_prune.report.table import print_table
@@ -241,6 +241,26 @@ def test_throughput_stands_beside_the_peak_of_the_same_kind_of_number():
         ("59 %", "234 G/s"),
     ]
     assert [cell.value for cell in rows(report)[-1].cells] == ["58.6 G/s", "58.6 G/s", "117 G/s"]
+
+
+def test_further_engines_are_compared_on_themselves():
+    report = example_report()
+    latency_row, *others = column_rows(report)
+    assert latency_row.measure.title == "p50, openvino"
+    assert [(c.value, c.compared) for c in latency_row.cells] == [
+        ("1.30 ms", ""),
+        ("0.600 ms", "2.17x faster"),
+        ("–", ""),
+    ]
+    assert others == []
+    assert "No p50, openvino of pruned.int8: not measured there." in missing(report)
+    for text in (printed(report), render_markdown(report), Page(render_html(report)).text.replace("×", "x")):
+        assert "2.17x faster" in text
+    device = Measurement("pi", reason="the outputs differ", noisy=True, environment={"cpu": "Cortex-A76"})
+    text = Page(render_html(replace(report, measurements=(device,)))).text
+    assert "p50, pi (noisy)" in text
+    assert "the outputs differ" in text
+    assert "Cortex-A76" in text
 
 
 def test_reasons_name_the_variants_they_hold_for():
