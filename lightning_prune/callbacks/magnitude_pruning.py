@@ -116,7 +116,6 @@ class MagnitudePruning(Callback):
         self._goal = Goal(self.sparsity, self.scope, pattern)
         self._timeline: Timeline | None = None
         self._module: weakref.ref[nn.Module] | None = None
-        self._announced = False
         self._log_due = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -347,8 +346,7 @@ class MagnitudePruning(Callback):
         self._due = self._due and follow
         if not any(pool.count for pool in pools) and not self._keeper.masks:
             return
-        if not self._announced:
-            self._announced = True
+        if not self._history:
             emit(trainer, "on_before_pruning", pl_module)
         if not follow and trainer.world_size > 1:
             self._watch.statistics.merge(lambda tensor: _sum_over_ranks(trainer, tensor))

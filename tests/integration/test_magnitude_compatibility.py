@@ -13,6 +13,7 @@ import torch
 from magnitude_cases import LIGHTNING_WARNINGS, Net, Probe, data, selected, trainer, zeros
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
@@ -142,6 +143,28 @@ def test_an_average_follows_regrowth(tmp_path):
     trainer(tmp_path, EMAWeightAveraging(decay=0.5), pruning).fit(net, data(), data())
     for name, weight in selected(net).items():
         assert bool((weight[pruning.masks[name] == 0] == 0).all())
+
+
+# ------------------------------------------------------------------ finetuning
+
+
+def test_weights_that_an_optimizer_gets_later_stay_masked(tmp_path):
+    class Thaw(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.body, train_bn=False)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.body, optimizer)
+
+    class Late(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+    net, probe = Late(), Probe()
+    trainer(tmp_path, Thaw(), MagnitudePruning(0.8, schedule=LINEAR), probe).fit(net, data(), data())
+    assert all(count == expected(epoch) for epoch, _, count in probe.at["batch_end"])
+    assert zeros(net) == 768
 
 
 # ------------------------------------------------------------------ tuners

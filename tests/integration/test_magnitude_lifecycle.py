@@ -404,6 +404,25 @@ def test_summary_says_what_was_done(tmp_path):
     ]
 
 
+def test_a_table_by_layer_closes_the_fit(tmp_path, capsys):
+    for pattern, worth in ((None, "Dense kernels run no faster"), ("2:4", "GPUs with sparse tensor cores")):
+        net = Net()
+        pruning = MagnitudePruning(0.5, pattern=pattern, schedule=ONCE)
+        trainer(tmp_path, pruning, TQDMProgressBar(refresh_rate=0), enable_progress_bar=True).fit(net, data())
+        printed = " ".join(capsys.readouterr().out.split())
+        assert worth in printed
+        for name, weight in selected(net).items():
+            kept = int((weight != 0).sum())
+            zero = 1 - kept / weight.numel()
+            assert f"{name} │ {weight.numel():,} │ {kept:,} │ {zero:.1%}" in printed
+        assert f"all │ 960 │ {960 - zeros(net):,} │ {zeros(net) / 960:.1%}" in printed
+
+
+def test_nothing_is_printed_without_a_progress_bar(tmp_path, capsys):
+    trainer(tmp_path, MagnitudePruning(0.5, schedule=ONCE)).fit(Net(), data())
+    assert "zeros" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_both_namespaces_take_the_callback(tmp_path, namespace):
     import importlib
