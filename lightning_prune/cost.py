@@ -115,7 +115,7 @@ def _count(
     with (
         eval_mode(module),
         torch.no_grad(),
-        _countable(real=device is None),
+        countable(real=device is None),
         FlopCounterMode(display=False) as counter,
     ):
         torch.func.functional_call(module, state, args, kwargs)
@@ -165,7 +165,12 @@ def eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _countable(*, real: bool) -> Iterator[None]:
+def countable(*, real: bool) -> Iterator[None]:
+    """Let attention and recurrent layers run as the plain operators they are made of.
+
+    Args:
+        real: Whether real tensors will run, not only meta tensors.
+    """
     # Fused kernels hide their inner products from the counter: attention's fast path, and oneDNN's LSTM,
     # which exists on real tensors only.
     fast_path = torch.backends.mha.get_fastpath_enabled()

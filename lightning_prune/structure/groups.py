@@ -1,4 +1,4 @@
-"""Channel groups as plain data: which positions of which layers live and die together."""
+"""Channel groups as plain data: which positions of which tensors live and die together."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Member:
-    """One side of one layer that holds channels of a group.
+    """One dimension of one tensor that holds channels of a group.
 
     Attributes:
-        module: The layer's qualified name; for a bare parameter, the parameter's.
-        side: `"in"`, `"out"` or `"both"`; for a bare parameter `"dim D"`.
-        channel: The group's channels, shape (k,): `channel[i]` sits at `position[i]` of that side.
+        tensor: The parameter's or buffer's qualified name; `"layer#"` for a normalisation layer that has
+            neither, and knows its width as a number only.
+        dim: The dimension.
+        channel: The group's channels, shape (k,): `channel[i]` sits at `position[i]`. Channels of an atom are
+            all named by its first.
         position: Where, shape (k,).
+        reads: Whether this is a weight that reads the channels.
     """
 
-    module: str
-    side: str
+    tensor: str
+    dim: int
     channel: Tensor
     position: Tensor
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,13 @@ class Group:
     """Channels that can be removed, and every place a removal touches.
 
     Attributes:
-        name: The layer that makes the channels.
+        name: The first layer that makes the channels.
         channels: How many there are.
         members: Where they are.
         atom: Shape (channels,): channels of the same atom go together.
         block: Shape (atoms,): every block must keep equally many atoms.
         reason: Why none may go, or empty.
+        makers: Every layer that makes them.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Group:
     atom: Tensor
     block: Tensor
     reason: str = ""
+    makers: tuple[str, ...] = ()
 
     @property
     def atoms(self) -> int:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import ConfigurationError, near_matches
 from lightning_prune.structure.groups import Group, Member
-from lightning_prune.structure.layers import layer_of
-from lightning_prune.structure.surgery import get_tensor
 
 Importance = Callable[[nn.Module, Group], Tensor]
 
@@ -39,11 +37,10 @@ def magnitude(module: nn.Module, group: Group, power: int = 2) -> Tensor:
     """
     total = torch.zeros(group.channels)
     count = 0
-    for tensor, dim, channel, position in _weights(module, group):
-        rows = tensor.detach().float().movedim(dim, 0).reshape(tensor.shape[dim], -1)
+    for tensor, member in _weights(module, group):
+        rows = tensor.detach().float().movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
         local = rows.abs().pow(power).sum(1).cpu()
-        # The weight of a grouped convolution holds one run of input channels for all of them.
-        total.index_add_(0, channel, local[position % local.numel()])
+        total.index_add_(0, member.channel, local[member.position])
         count += 1
     return _on_average_one(total / max(1, count))
 
@@ -98,23 +95,11 @@ def importance_named(name: str, owner: str = "StructuralPruning") -> Importance:
     return IMPORTANCES[name]
 
 
-def _weights(module: nn.Module, group: Group) -> list[tuple[Tensor, int, Tensor, Tensor]]:
-    found: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    for member in group.members:
-        if member.side.startswith("dim "):
-            found.append((module.get_parameter(member.module), int(member.side[4:]), *_places(member)))
-            continue
-        layer = module.get_submodule(member.module)
-        kind = layer_of(layer)
-        assert kind is not None
-        for name, dim, _ in kind.slices(layer, member.side, torch.arange(kind.width(layer, member.side))):
-            if name == "weight":
-                found.append((get_tensor(layer, name), dim, *_places(member)))
-    return found
-
-
-def _places(member: Member) -> tuple[Tensor, Tensor]:
-    return member.channel, member.position
+def _weights(module: nn.Module, group: Group) -> list[tuple[Tensor, Member]]:
+    """The parameters that make, scale or read a group's channels; biases do not count."""
+    parameters = dict(module.named_parameters())
+    found = [(parameters[m.tensor], m) for m in group.members if m.tensor in parameters]
+    return [(tensor, m) for tensor, m in found if "bias" not in m.tensor.rpartition(".")[2]]
 
 
 def _on_average_one(scores: Tensor) -> Tensor:

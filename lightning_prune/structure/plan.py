@@ -104,11 +104,8 @@ def survey(
             f"{type(module).__name__} has no layer that structural pruning can cut: it makes no call of a "
             "convolution or linear layer."
         )
-    makers = {
-        group.name: {m.module for m in group.members if m.side == "out"} | {group.name} for group in groups
-    }
-    chosen = set(choose(sorted(set().union(*makers.values()))))
-    left = {name: sorted(made - chosen) for name, made in makers.items()}
+    chosen = set(choose(sorted({maker for group in groups for maker in group.makers})))
+    left = {group.name: [maker for maker in group.makers if maker not in chosen] for group in groups}
     groups = [
         replace(g, reason=f"{left[g.name][0]} is not selected") if left[g.name] and not g.reason else g
         for g in groups

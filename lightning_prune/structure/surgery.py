@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import CompatibilityError
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.layers import layer_of
+from lightning_prune.structure.layers import attributes_after, attributes_of
 
 
 @dataclass(frozen=True)
@@ -83,31 +83,66 @@ def change_for(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Te
     Returns:
         The change, to be given to `apply`.
     """
-    removed: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    removed: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     for group in groups:
         if group.name in kept:
+            stay = torch.zeros(group.channels, dtype=torch.bool)
+            stay[kept[group.name]] = True
             for member in group.members:
-                gone = ~torch.isin(member.channel, kept[group.name])
-                removed[member.module, member.side].append(member.position[gone])
+                removed[member.tensor, member.dim].append(member.position[~stay[member.channel]])
+    names = _names(module)
     slices: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
-    attributes: dict[str, dict[str, int | tuple[int, ...]]] = defaultdict(dict)
-    for (name, side), positions in removed.items():
+    widths: dict[str, int] = {}
+    for (name, dim), positions in removed.items():
         gone = torch.unique(torch.cat(positions))
         if not gone.numel():
             continue
-        if side.startswith("dim "):  # a bare parameter; the name is the parameter's own
-            dim = int(side.removeprefix("dim "))
-            slices[name].append((dim, _rest(gone, module.get_parameter(name).shape[dim])))
+        if name.endswith("#"):
+            widths[name] = _bare_width(module.get_submodule(name[:-1])) - gone.numel()
             continue
-        layer = module.get_submodule(name)
-        kind = layer_of(layer)
-        assert kind is not None, name  # groups only have members whose kind is known
-        stay = _rest(gone, kind.width(layer, side))
-        prefix = f"{name}." if name else ""
-        for tensor, dim, where in kind.slices(layer, side, stay):
-            slices[prefix + tensor].append((dim, where))
-        attributes[name].update(kind.attributes(layer, side, stay.numel()))
-    return Change({name: tuple(cuts) for name, cuts in slices.items()}, dict(attributes))
+        stay = _rest(gone, get_tensor(module, name).shape[dim])
+        for alias in names[name]:
+            slices[alias].append((dim, stay))
+    change = {name: tuple(cuts) for name, cuts in slices.items()}
+    return Change(change, _attributes(module, change, widths))
+
+
+def _names(module: nn.Module) -> dict[str, list[str]]:
+    """All the names under which each tensor goes."""
+    by_id: dict[int, list[str]] = defaultdict(list)
+    tensors = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in tensors:
+        by_id[id(tensor)].append(name)
+    return {name: by_id[id(tensor)] for name, tensor in tensors}
+
+
+def _attributes(
+    module: nn.Module, slices: Mapping[str, tuple[tuple[int, Tensor], ...]], widths: Mapping[str, int]
+) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    """What the layers' integer attributes become."""
+    owners = dict.fromkeys([name.rpartition(".")[0] for name in slices] + [name[:-1] for name in widths])
+    found = {}
+    for owner in owners:
+        layer = module.get_submodule(owner)
+        shapes: dict[str, tuple[int, ...]] = {"#": (widths.get(f"{owner}#", 0),)}
+        tensors = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+        for leaf, tensor in tensors:
+            shape = list(tensor.shape)
+            for dim, kept in slices.get(f"{owner}.{leaf}" if owner else leaf, ()):
+                shape[dim] = kept.numel()
+            shapes[leaf] = tuple(shape)
+        values = attributes_after(layer, shapes)
+        if values:
+            found[owner] = values
+    return found
+
+
+def _bare_width(norm: nn.Module) -> int:
+    width = next(iter(attributes_of(norm).values()))
+    return width if isinstance(width, int) else width[-1]
 
 
 def _rest(gone: Tensor, width: int) -> Tensor:

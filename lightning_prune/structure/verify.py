@@ -6,8 +6,10 @@ removed must compute what the network computes with those weights set to zero.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_prune.cost import eager
 from lightning_prune.structure.graph import leaves_of
-from lightning_prune.structure.groups import Group
-from lightning_prune.structure.layers import layer_of
+from lightning_prune.structure.groups import Group, Member
+from lightning_prune.structure.layers import attributes_of, channel_dim, is_masked_norm
 from lightning_prune.structure.modes import modes, running
 from lightning_prune.structure.surgery import apply, change_for, get_tensor
 
@@ -40,48 +42,50 @@ def prove(
         The same groups, those that failed with a reason.
 
     Example:
-        >>> class Softmaxed(nn.Sequential):
+        >>> class Halved(nn.Sequential):
         ...     def forward(self, x):
-        ...         return self[1](self[0](x).softmax(1))
+        ...         left, right = self[0](x).split(2, 1)
+        ...         return self[1](left), right.sum((2, 3))
         >>> from lightning_prune.structure.graph import trace
-        >>> net, x = Softmaxed(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 2, 1)), torch.rand(1, 1, 3, 3)
+        >>> net, x = Halved(nn.Conv2d(1, 4, 1), nn.Conv2d(2, 2, 1)), torch.rand(1, 1, 3, 3)
         >>> [bool(group.reason) for group in prove(net, trace(net, (x,)), (x,))]
         [True, True]
     """
     free = [group for group in groups if not group.reason]
-    if not free or error_of(module, groups, _halves(free), args, kwargs) <= TOLERANCE:
+    if not free:
         return groups
-    failed = _failures(module, groups, free, args, kwargs)
+    with _repeatable():
+        trial = Trial(module, args, dict(kwargs or {}))
+        failed = _failures(trial, groups, free)
     reason = "its removal changes what the network computes; something other than a layer uses its channels"
     return [replace(group, reason=reason) if group.name in failed else group for group in groups]
 
 
-def _failures(
-    module: nn.Module,
-    groups: list[Group],
-    suspects: list[Group],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-) -> set[str]:
-    if error_of(module, groups, _halves(suspects), args, kwargs) <= TOLERANCE:
+def _failures(trial: Trial, groups: list[Group], suspects: list[Group]) -> set[str]:
+    if trial.error(groups, _halves(suspects)) <= TOLERANCE:
         return set()
     if len(suspects) == 1:
         return {suspects[0].name}
     middle = len(suspects) // 2
-    return _failures(module, groups, suspects[:middle], args, kwargs) | _failures(
-        module, groups, suspects[middle:], args, kwargs
-    )
+    left = _failures(trial, groups, suspects[:middle])
+    right = _failures(trial, groups, suspects[middle:])
+    if not left and not right:  # each may go, but not both as they please
+        return {group.name for group in suspects}
+    return left | right
 
 
 def _halves(groups: Iterable[Group]) -> dict[str, Tensor]:
-    """Keep a part of each group that is neither its first channels nor every second one."""
+    """Keep a part of each group that is neither its first channels nor every second one.
+
+    The parts differ in size, so that groups which must shrink alike are found out.
+    """
     kept = {}
-    for group in groups:
+    for place, group in enumerate(groups):
         atoms = []
         for block in range(group.blocks):
             here = (group.block == block).nonzero().flatten()
             order = torch.randperm(len(here), generator=torch.Generator().manual_seed(len(here)))
-            atoms.append(here[order[: max(1, len(here) // 2)]])
+            atoms.append(here[order[: max(1, int(len(here) * (0.5, 0.7, 0.34)[place % 3]))]])
         kept[group.name] = group.channels_of(torch.cat(atoms))
     return kept
 
@@ -106,55 +110,91 @@ def error_of(
         The largest difference of any output relative to its largest value, in float64 where the network can;
         infinite where the cut network does not run.
     """
-    groups = list(groups)
-    inputs = (args, dict(kwargs or {}))
-    with torch.random.fork_rng(devices=[]), eager(), torch.no_grad():
+    with _repeatable():
+        return Trial(module, args, dict(kwargs or {})).error(list(groups), kept)
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), eager(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a trial run of a copy complains of is not the user's concern
         torch.manual_seed(0)
+        yield
+
+
+class Trial:
+    """A copy of a network, made ready to have cuts tried on it.
+
+    Args:
+        module: The network; nothing in it changes.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            return _error(module, groups, kept, inputs, torch.float64)
+            self._prepare(module, args, kwargs, torch.float64)
         except Exception:  # noqa: BLE001 - a network may insist on its own dtype; then that one decides
-            try:
-                return _error(module, groups, kept, inputs, None)
-            except Exception:  # noqa: BLE001 - a cut network that does not run is as wrong as can be
-                return float("inf")
+            self._prepare(module, args, kwargs, None)
+
+    def _prepare(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
+    ) -> None:
+        self.reference = copy.deepcopy(module)
+        for parameter in self.reference.parameters():
+            # A zero, such as the scale a residual branch starts with, would hide whatever is behind it.
+            if parameter.is_floating_point():
+                noise = torch.randn_like(parameter).mul_(0.1)
+                parameter.copy_(torch.where(parameter == 0, noise, parameter))
+        if dtype is not None:
+            self.reference.to(dtype)
+
+        def prepare(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            tensor = tensor if tensor.std(correction=0) > 0 else torch.randn_like(tensor)
+            return tensor.to(dtype) if dtype is not None else tensor
+
+        self.args, self.kwargs = tree_map_only(Tensor, prepare, (args, kwargs))
+        _wake(self.reference, self.args, self.kwargs)
+        self.modes = modes(self.reference, self.args, self.kwargs)
+
+    def error(self, groups: list[Group], kept: Mapping[str, Tensor]) -> float:
+        """Measure a cut, see `error_of`."""
+        cut, masked = copy.deepcopy(self.reference), copy.deepcopy(self.reference)
+        worst = 0.0
+        try:
+            apply(cut, change_for(cut, groups, kept))
+            _silence(masked, groups, kept)
+            for training in self.modes:
+                # Every run starts from the same random state: networks may draw numbers in eval mode too.
+                outputs = []
+                for network in (masked, cut):
+                    torch.manual_seed(0)
+                    with running(network, training):
+                        outputs.append(network(*self.args, **self.kwargs))
+                worst = max(worst, _distance(*outputs))
+        except Exception:  # noqa: BLE001 - a cut network that does not run is as wrong as can be
+            return float("inf")
+        return worst
 
 
-def _error(
-    module: nn.Module,
-    groups: list[Group],
-    kept: Mapping[str, Tensor],
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
-    dtype: torch.dtype | None,
-) -> float:
-    reference = copy.deepcopy(module)
-    for parameter in reference.parameters():
-        # A zero, such as the scale a residual branch starts with, would hide whatever is behind it.
-        if parameter.is_floating_point():
-            noise = torch.randn_like(parameter).mul_(0.1)
-            parameter.copy_(torch.where(parameter == 0, noise, parameter))
-    if dtype is not None:
-        reference.to(dtype)
+def _wake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give batch normalisation the statistics of these inputs, or a ReLU behind it may let nothing pass."""
 
-    def prepare(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        tensor = tensor if tensor.std(correction=0) > 0 else torch.randn_like(tensor)
-        return tensor.to(dtype) if dtype is not None else tensor
+    def calibrate(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].transpose(0, min(1, inputs[0].dim() - 1)).flatten(1)
+        norm.running_mean.copy_(x.mean(1) if x.shape[1] > 1 else torch.zeros_like(norm.running_mean))
+        norm.running_var.copy_(x.var(1) if x.shape[1] > 1 else x.square().mean(1) + 1)
 
-    args, kwargs = tree_map_only(Tensor, prepare, inputs)
-    cut = copy.deepcopy(reference)
-    apply(cut, change_for(cut, groups, kept))
-    _silence(reference, groups, kept)
-    worst = 0.0
-    for training in modes(reference, args, kwargs):
-        with running(reference, training), running(cut, training):
-            # Every run starts from the same random state, for networks that draw numbers even in eval mode.
-            torch.manual_seed(0)
-            expected = reference(*args, **kwargs)
-            torch.manual_seed(0)
-            actual = cut(*args, **kwargs)
-        worst = max(worst, _distance(expected, actual))
-    return worst
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [n.register_forward_pre_hook(calibrate) for n in norms if n.running_mean is not None]
+    try:
+        with running(module, training=False):
+            module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _distance(expected: Any, actual: Any) -> float:
@@ -183,26 +223,27 @@ def _silence(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tens
             continue
         for member in group.members:
             gone = member.position[~torch.isin(member.channel, kept[group.name])]
-            if member.side.startswith("dim ") or not gone.numel():
+            if not gone.numel():
                 continue
-            layer = module.get_submodule(member.module)
-            kind = layer_of(layer)
-            assert kind is not None
-            if member.side == "in":
-                for name, dim, where in kind.slices(layer, "in", gone):
-                    get_tensor(layer, name).index_fill_(dim, where, 0.0)
-            elif isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
-                width = kind.width(layer, "both")
-                mask = stay.setdefault(member.module, torch.ones(width, dtype=torch.bool))
-                mask[gone] = False
+            if member.reads:
+                get_tensor(module, member.tensor).index_fill_(member.dim, gone, 0.0)
+            owner = (
+                member.tensor.rstrip("#") if member.tensor.endswith("#") else member.tensor.rpartition(".")[0]
+            )
+            if is_masked_norm(module.get_submodule(owner)):
+                width = _width(module, member)
+                stay.setdefault(owner, torch.ones(width, dtype=torch.bool))[gone] = False
     for name, mask in stay.items():
-        layer = module.get_submodule(name)
-        if isinstance(layer, nn.LayerNorm):
-            # Subclasses for (batch, channel, ...) inputs, as torchvision's, have a forward of their own.
-            dim = -1 if type(layer).forward is nn.LayerNorm.forward else 1
-            layer.register_forward_hook(_masked_norm(mask, dim, everywhere=False))
-        elif isinstance(layer, nn.GroupNorm) and layer.num_groups == 1:
-            layer.register_forward_hook(_masked_norm(mask, 1, everywhere=True))
+        norm = module.get_submodule(name)
+        everywhere = isinstance(norm, nn.GroupNorm)
+        norm.register_forward_hook(_masked_norm(mask, channel_dim(norm), everywhere=everywhere))
+
+
+def _width(module: nn.Module, member: Member) -> int:
+    if not member.tensor.endswith("#"):
+        return get_tensor(module, member.tensor).shape[member.dim]
+    width = next(iter(attributes_of(module.get_submodule(member.tensor[:-1])).values()))
+    return width if isinstance(width, int) else width[-1]
 
 
 def _masked_norm(mask: Tensor, dim: int, *, everywhere: bool) -> Any:
@@ -215,7 +256,7 @@ def _masked_norm(mask: Tensor, dim: int, *, everywhere: bool) -> Any:
         y = (x - rows.mean(dims, keepdim=True)) * (
             rows.var(dims, unbiased=False, keepdim=True) + layer.eps
         ).rsqrt()
-        y = y if layer.weight is None else y * layer.weight
+        y = y if getattr(layer, "weight", None) is None else y * layer.weight
         y = y if getattr(layer, "bias", None) is None else y + layer.bias
         masked: Tensor = y.movedim(-1, dim)
         return masked

@@ -1,4 +1,4 @@
-"""Either Lightning namespace's Trainer and LightningCLI take StructuralPruning, each in a process of its own."""
+"""Either namespace's Trainer and LightningCLI take StructuralPruning, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ dense = sum(p.numel() for p in Net().parameters())
 
 TRAINER = """
 import lightning_prune
-callback = lightning_prune.StructuralPruning(
-    lightning_prune.Budget(params=0.5), schedule=lightning_prune.Schedule("one_shot", 1, unit="epoch"), round_to=1)
+schedule = lightning_prune.Schedule("one_shot", 1, unit="epoch")
+callback = lightning_prune.StructuralPruning(lightning_prune.Budget(params=0.5), schedule=schedule, round_to=1)
 net = Net()
 L.Trainer(max_epochs=2, accelerator="cpu", logger=False, default_root_dir=sys.argv[1],
           enable_progress_bar=False, enable_model_summary=False, callbacks={callbacks}).fit(net)

@@ -53,16 +53,15 @@ class NoNetwork(LightningModule):
         self.head = nn.Linear(8, 2)
 
     def training_step(self, batch, batch_idx):
-        x = self.layer.weight.sum() + self.head.weight.sum()
-        return x
+        return self.layer.weight.sum() + self.head.weight.sum()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class Detached(Net):
+class Silent(Net):
     def forward(self, x):
-        return super().forward(x).detach()
+        super().forward(x)
 
     def training_step(self, batch, batch_idx):
         return super().forward(batch[0]).square().mean()
@@ -97,7 +96,7 @@ WRONG_RUNS = {
     ),
     "no example input": (NoNetwork, {}, TracingError, "example_input"),
     "wrong example input": (Net, {"example_input": [1, 3, 6, 6]}, TracingError, "(1, 3, 6, 6)"),
-    "output depends on no parameter": (Detached, {}, TracingError, "no output"),
+    "forward returns nothing": (Silent, {}, TracingError, "returns no tensor"),
     "forward cannot run": (Untraceable, {"example_input": [1, 1, 6, 6]}, TracingError, "cannot be traced"),
 }
 

@@ -24,7 +24,7 @@ def gone(change: Change, name: str, dim: int, width: int) -> Tensor | None:
 
 
 def masked(dense: nn.Module, change: Change) -> nn.Module:
-    """Copy a network, zero the weights that read removed channels, and leave removed channels out of norms."""
+    """Copy a network, zero the weights that read removed channels, and keep those out of norms."""
     net = copy.deepcopy(dense)
     with torch.no_grad():
         for name, layer in net.named_modules():

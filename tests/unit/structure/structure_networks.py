@@ -452,22 +452,24 @@ CASES: dict[str, Case] = {
     "unet": Case(UNet, image(), ("a.0", "b.0", "up", "c.0")),
     "flatten": Case(Flat, image(), ("a.0", "b.0", "c")),
     "conv1d": Case(Waves, lambda: torch.randn(2, 4, 10), ("a", "b")),
-    "pixel shuffle": Case(Upscaling, image(), ("a.0", "c")),
+    "pixel shuffle": Case(Upscaling, image(), ("a.0", "b", "c")),
     "channel shuffle": Case(Shuffle, image(), ("branch.0.0", "out.0")),
     "channel split": Case(Split, image(), ("a.0", "b.0")),
-    "tied": Case(Tied, lambda: torch.randn(2, 12), ()),
+    "tied": Case(Tied, lambda: torch.randn(2, 12), ("inner", "encoder")),
     "reused": Case(Reused, image(), ("stem.0",)),
     "frozen": Case(Frozen, image(), ("stem.0", "a.0", "down")),
-    "frozen batch norm": Case(Detector, image(), ("body.0", "tower.0")),
-    "auxiliary head": Case(Auxiliary, image(), ("b.0",)),
-    "channel multiplier": Case(Multiplied, image(), ("out.0",)),
+    "frozen batch norm": Case(Detector, image(), ("stem", "body.0", "tower.0")),
+    "auxiliary head": Case(Auxiliary, image(), ("a.0", "b.0", "aux.0")),
+    "channel multiplier": Case(Multiplied, image(), ("stem.0", "out.0")),
     "qkv attention": Case(QkvBlock, lambda: torch.randn(2, 5, 12), ("embed", "up")),
     "bert": Case(BertBlock, lambda: torch.randint(11, (2, 5)), ("o", "up")),
     "transformer encoder": Case(
         Encoder, lambda: torch.randn(2, 5, 12), ("encoder.layers.0.linear1", "encoder.layers.1.linear1")
     ),
-    "lstm": Case(Speech, lambda: torch.randn(2, 1, 7, 6), ("a.0", "mid")),
-    "gru": Case(lambda: Speech("GRU"), lambda: torch.randn(2, 1, 7, 6), ("a.0", "mid")),
+    "lstm": Case(Speech, lambda: torch.randn(2, 1, 7, 6), ("a.0", "b.0", "rnn.weight_ih_l0", "mid")),
+    "gru": Case(
+        lambda: Speech("GRU"), lambda: torch.randn(2, 1, 7, 6), ("a.0", "b.0", "rnn.weight_ih_l0", "mid")
+    ),
     "mlp": Case(Plain, lambda: torch.randn(2, 12), ("0", "4")),
     "conv3d": Case(Volume, lambda: torch.randn(2, 2, 4, 4, 4), ("0",)),
 }

@@ -100,8 +100,12 @@ def test_members_of_several_groups_of_one_layer_are_cut_together():
     net = nn.Sequential(nn.Linear(2, 4), nn.Linear(2, 3), nn.Linear(7, 1))
     four, three = torch.arange(4), torch.arange(3)
     zeros = torch.zeros(4, dtype=torch.int64)
-    first = Group("0", 4, (Member("0", "out", four, four), Member("2", "in", four, four)), four, zeros)
-    members = (Member("1", "out", three, three), Member("2", "in", three, three + 4))
+    read = Member("2.weight", 1, four, four, reads=True)
+    first = Group(
+        "0", 4, (Member("0.weight", 0, four, four), Member("0.bias", 0, four, four), read), four, zeros
+    )
+    read = Member("2.weight", 1, three, three + 4, reads=True)
+    members = (Member("1.weight", 0, three, three), Member("1.bias", 0, three, three), read)
     second = Group("1", 3, members, three, zeros[:3])
     before = copy.deepcopy(net)
     kept = {"0": torch.tensor([1, 3]), "1": torch.tensor([0])}

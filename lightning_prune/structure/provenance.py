@@ -1,0 +1,289 @@
+"""Following channels through one forward pass, operator by operator.
+
+Every position of every dimension of every parameter and buffer gets a label of its own. As the network runs,
+each tensor carries labels along with its values: what a view, a concatenation or a channel shuffle does to
+the values it does to the labels; where an operator combines two labelled tensors, their labels become one
+class; a product with a weight ends the labels it reads and begins the weight's own. What lives in one class
+can only be removed together. An operator that is not known pins the labels it meets: they stay.
+
+Labels are kept as *factors*: a tensor's factor is an int64 tensor of its rank, of size 1 along every
+dimension on which its labels do not depend. Label 0 is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+_WIDE = 2**31  # two labels in one integer: sorting pairs of them as rows takes a hundred times longer
+
+WILD, PARAMETER, DATA = 0, 1, 2
+"""What a tensor's values come from: constants made on the way, parameters alone, or the network's inputs."""
+
+
+@dataclass
+class Labels:
+    """What is known of one tensor.
+
+    Attributes:
+        factors: Its labels; several where independent dimensions have their own.
+        source: `WILD`, `PARAMETER` or `DATA`.
+        view: Whether it shares memory with another tensor.
+    """
+
+    factors: list[Tensor] = field(default_factory=list)
+    source: int = WILD
+    view: bool = False
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The labels of one dimension of a parameter, buffer or bare layer: `start` to `start + size`."""
+
+    name: str
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass
+class Record:
+    """What a pass found out, in terms of labels.
+
+    Attributes:
+        owners: Whose labels are whose.
+        pairs: Labels that are of one class, each of shape (n,): the first times `2**31`, plus the second.
+        pins: `(labels that must stay, why)`.
+        read: Labels of weights that read channels.
+        made: Labels of weights that make channels.
+        balanced: `(labels in order, runs)`: every run must keep equally many.
+    """
+
+    owners: list[Owner] = field(default_factory=list)
+    pairs: list[Tensor] = field(default_factory=list)
+    pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+    balanced: list[tuple[Tensor, int]] = field(default_factory=list)
+    count: int = 1
+
+
+class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Carries labels along with every operator that runs.
+
+    Args:
+        record: Where findings go.
+        rules: `{operator: rule}`; a rule takes the follower, the operator, its arguments and its outputs.
+        fallback: The rule of operators that are not listed.
+    """
+
+    def __init__(
+        self, record: Record, rules: Mapping[str, Callable[..., None]], fallback: Callable[..., None]
+    ):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = record
+        self.rules = rules
+        self.fallback = fallback
+        self.known: Any = WeakIdKeyDictionary()
+
+    # What rules work with.
+
+    def of(self, tensor: Any) -> Labels:
+        """Return what is known of a tensor."""
+        found: Labels = self.known.get(tensor) or Labels()
+        return found
+
+    def give(self, tensor: Tensor, factors: Iterable[Tensor], source: int, *, view: bool = False) -> None:
+        """Say what a tensor carries; labels that have become one for all of it are pinned."""
+        kept = []
+        for factor in factors:
+            small = compress(factor, tuple(tensor.shape))
+            if any(size > 1 for size in small.shape):
+                kept.append(small)
+            else:
+                self.pin([small], "single channels of it are taken apart")
+        self.known[tensor] = Labels(kept, source, view)
+
+    def pin(self, factors: Iterable[Tensor], reason: str) -> None:
+        """Make labels stay."""
+        self.record.pins += [(factor.flatten(), reason) for factor in factors if factor.numel()]
+
+    def unite(self, left: Tensor, right: Tensor) -> None:
+        """Make labels one class, position by position, where both are labelled."""
+        left, right = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
+        both = (left > 0) & (right > 0) & (left != right)
+        if bool(both.any()):
+            self.record.pairs.append(left[both] * _WIDE + right[both])
+
+    def tie(self, factor: Tensor, dims: Sequence[int]) -> Tensor:
+        """Make labels along some dimensions one class; what is left depends on the others only."""
+        for dim in dims:
+            if factor.shape[dim] > 1:
+                best = factor.amax(dim, keepdim=True)
+                self.unite(factor, best)
+                factor = best
+        return factor
+
+    def merge(self, lists: Iterable[list[Tensor]], rank: int) -> list[Tensor]:
+        """Bring together the factors of tensors that are combined position by position."""
+        merged: list[Tensor] = []
+        for factors in lists:
+            for factor in factors:
+                factor = factor.reshape((1,) * (rank - factor.dim()) + tuple(factor.shape))
+                for other in [other for other in merged if _overlap(other, factor)]:
+                    merged = [m for m in merged if m is not other]
+                    self.unite(other, factor)
+                    factor = torch.where(other > 0, other, factor)
+                merged.append(factor)
+        return merged
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, then its rule."""
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        rule = self.rules.get(name) or self.rules.get(name.rstrip("_")) or self.fallback
+        rule(self, func, args, kwargs, out)
+        return out
+
+
+def _overlap(left: Tensor, right: Tensor) -> bool:
+    return any(a > 1 and b > 1 for a, b in zip(left.shape, right.shape, strict=True))
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """List the tensors in nested arguments.
+
+    Example:
+        >>> len(tensors_in(([torch.zeros(1), 2], {"x": torch.zeros(1)})))
+        2
+    """
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def compress(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Reduce a factor to size 1 along every dimension on which its labels do not depend.
+
+    Example:
+        >>> compress(torch.tensor([[1, 2], [1, 2]]), (2, 2))
+        tensor([[1, 2]])
+    """
+    for dim in range(factor.dim()):
+        if factor.shape[dim] > 1 and (
+            factor.stride(dim) == 0 or bool((factor == factor.narrow(dim, 0, 1)).all())
+        ):
+            factor = factor.narrow(dim, 0, 1)
+    return factor.contiguous()
+
+
+def varying(factor: Tensor) -> list[int]:
+    """List the dimensions on which a factor's labels depend.
+
+    Example:
+        >>> varying(torch.zeros(1, 3, 1))
+        [1]
+    """
+    return [dim for dim, size in enumerate(factor.shape) if size > 1]
+
+
+def label(follower: Follower, name: str, tensor: Tensor) -> None:
+    """Give a parameter or buffer labels of its own, for every dimension that could shrink."""
+    factors = []
+    for dim, size in enumerate(tensor.shape):
+        if size > 1:
+            factors.append(
+                new_labels(follower.record, name, dim, size).view(shape_at(dim, tensor.dim(), size))
+            )
+    follower.give(tensor, factors, PARAMETER)
+
+
+def align_recurrent(module: nn.Module, follower: Follower, state: Mapping[str, Tensor]) -> None:
+    """All layers and directions of a recurrent stack have one width: unit `j` goes in all of them."""
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.RNNBase):
+            continue
+        for stem, dim in (("weight_hh", 1), ("weight_hr", 1)):
+            leaves = [leaf for leaf, _ in layer.named_parameters(recurse=False) if leaf.startswith(stem)]
+            factors = [follower.of(state[f"{name}.{leaf}" if name else leaf]).factors for leaf in leaves]
+            labels = [next(x for x in one if x.shape[dim] > 1).flatten() for one in factors]
+            for other in labels[1:]:
+                follower.unite(labels[0], other)
+
+
+def new_labels(record: Record, name: str, dim: int, size: int) -> Tensor:
+    """Make labels for one dimension of something that is owned."""
+    record.owners.append(Owner(name, dim, record.count, size))
+    labels = torch.arange(record.count, record.count + size)
+    record.count += size
+    return labels
+
+
+def shape_at(dim: int, rank: int, size: int) -> tuple[int, ...]:
+    """The shape of a factor that depends on one dimension.
+
+    Example:
+        >>> shape_at(1, 3, 8)
+        (1, 8, 1)
+    """
+    return tuple(size if d == dim else 1 for d in range(rank))
+
+
+def classes(record: Record) -> Tensor:
+    """Give every label the smallest label of its class, shape (labels,)."""
+    parent = torch.arange(record.count)
+    if not record.pairs:
+        return parent
+    pairs = torch.unique(torch.cat(record.pairs))
+    left, right = pairs // _WIDE, pairs % _WIDE
+    while True:
+        # Each label takes the smallest of its neighbours', then its parent's: logarithmically many rounds.
+        smallest = torch.minimum(parent[left], parent[right])
+        new = parent.scatter_reduce(0, left, smallest, "amin").scatter_reduce(0, right, smallest, "amin")
+        new = new.scatter_reduce(0, parent[left], smallest, "amin").scatter_reduce(
+            0, parent[right], smallest, "amin"
+        )
+        new = new[new]
+        if torch.equal(new, parent):
+            return parent
+        parent = new
+
+
+def hook_bare_norms(module: nn.Module, follower: Follower) -> list[Any]:
+    """Let normalisation layers without parameters own labels too: they know their width as a number."""
+    handles = []
+    norms = (
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.modules.instancenorm._InstanceNorm,
+        nn.modules.batchnorm._BatchNorm,
+    )
+    for name, layer in module.named_modules():
+        if isinstance(layer, norms) and not any(True for _ in (*layer.parameters(), *layer.buffers())):
+            handles.append(layer.register_forward_pre_hook(_own(follower, name)))
+    return handles
+
+
+def _own(follower: Follower, name: str) -> Callable[..., None]:
+    labels: dict[int, Tensor] = {}
+
+    def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        dim = x.dim() - 1 if isinstance(layer, nn.LayerNorm) else min(1, x.dim() - 1)
+        size = x.shape[dim]
+        if size not in labels:
+            labels[size] = new_labels(follower.record, f"{name}#", 0, size)
+        for factor in follower.of(x).factors:
+            if dim in varying(factor):
+                rest = [d for d in varying(factor) if d != dim]
+                follower.unite(follower.tie(factor, rest).flatten(), labels[size])
+
+    return hook
