@@ -18,6 +18,7 @@ from lightning_prune._task import Data, Made, Task, assemble
 from lightning_prune.deploy.bundle import write_bundle
 from lightning_prune.deploy.calls import Call, explicit_call, submodule
 from lightning_prune.deploy.capture import Rehearsal
+from lightning_prune.deploy.confusion import Confusion
 from lightning_prune.deploy.evaluate import cpu_trainer, evaluate_file, has_data, quiet_lightning
 from lightning_prune.deploy.files import check_writable, remove_stale, staged
 from lightning_prune.deploy.loaders import SAMPLES, batches_in_turn, captured_calls, leaves_of
@@ -150,7 +151,9 @@ def _metrics(task: Task, item: Made, name: str, tell: Progress) -> dict[str, flo
         datamodule=task.data.datamodule,
         limit=task.data.limit,
         on_batch=lambda done: tell(stage, min(done / total, 1.0) if total else 0.0),
+        confusion=(confusion := Confusion(task.onnx.classes)),
     )
+    item.classes = confusion.result()
     tell(stage, 1.0)
     return metrics
 

@@ -78,6 +78,7 @@ class Made:
     calls: list[Call] = field(default_factory=list)
     parity: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    classes: dict[str, Any] | None = None
     quantized: Quantized | None = None
     macs: int | None = None
     search: list[dict[str, Any]] = field(default_factory=list)
@@ -147,6 +148,7 @@ def _variant(name: str, item: Made, profile: ProfileResult | None, reason: str, 
         metrics=item.metrics,
         parity=item.parity,
         quantization=quantization,
+        classes=item.classes,
         missing=missing,
         **measured,
     )

@@ -20,6 +20,7 @@ from torch import nn
 from lightning_prune._lightning import Callback, namespace_of, trainer_class
 from lightning_prune.deploy.calls import submodule, untouched_rng
 from lightning_prune.deploy.capture import watch_calls
+from lightning_prune.deploy.confusion import Confusion
 from lightning_prune.deploy.loaders import leaves_of
 from lightning_prune.deploy.onnx import Exported
 from lightning_prune.deploy.runtime import OnnxModule
@@ -35,6 +36,7 @@ def evaluate_file(
     datamodule: Any = None,
     limit: int | float = 1.0,
     on_batch: Callable[[int], None] | None = None,
+    confusion: Confusion | None = None,
 ) -> dict[str, float]:
     """Run the user's validation loop on a file.
 
@@ -46,6 +48,7 @@ def evaluate_file(
         datamodule: The user's datamodule, whose transfer hooks apply; it is not set up again.
         limit: Lightning's `limit_val_batches`.
         on_batch: Called with the number of batches done, for a progress bar.
+        confusion: Counts the classes, if the network is a classifier.
 
     Returns:
         Every number that the loop logged.
@@ -64,7 +67,7 @@ def evaluate_file(
         function = OnnxModule(exported.path, exported.interface)
         target.forward = function
         called = watch_calls(stand_in)
-        callbacks = [_Counter(on_batch)] if on_batch else []
+        callbacks = [_Counter(on_batch, function, confusion)]
         with quiet_lightning():
             trainer = cpu_trainer(stand_in, limit_val_batches=limit, callbacks=callbacks)
             data: dict[str, Any] = {"dataloaders": loaders}
@@ -134,15 +137,24 @@ def quiet_lightning() -> Iterator[None]:
 
 
 class _Counter(Callback):
-    """Tells how many validation batches are done."""
+    """Tells how many validation batches are done, and shows their outputs to the one who counts classes."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self.tell = tell
+    def __init__(
+        self, tell: Callable[[int], None] | None, function: OnnxModule, confusion: Confusion | None
+    ) -> None:
+        self.tell, self.function, self.confusion = tell, function, confusion
         self.done = 0
+        function.record = confusion is not None
 
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any, **__: Any
+    ) -> None:
         self.done += 1
-        self.tell(self.done)
+        if self.confusion is not None:
+            self.confusion.add(self.function.recorded, batch)
+            self.function.recorded.clear()
+        if self.tell is not None:
+            self.tell(self.done)
 
 
 def _ready(datamodule: Any, loaders: Any) -> Any:

@@ -96,12 +96,16 @@ class OnnxModule:
 
     Attributes:
         calls: How often it was called.
+        record: Whether results are kept in `recorded`.
+        recorded: The results of the latest calls; the one who wants them clears them.
     """
 
     def __init__(self, path: str | Path, interface: Interface, *, threads: int = 0) -> None:
         self.session = open_session(path, threads=threads)
         self.interface = interface
         self.calls = 0
+        self.record = False
+        self.recorded: list[Any] = []
 
     def feed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Feed:
         """Return the arrays that the file is run with for a call.
@@ -119,4 +123,7 @@ class OnnxModule:
         feed = to_feed(self.session, [tensors[i] for i in self.interface.kept])
         arrays = self.session.run(None, feed)
         device = tensors[0].device
-        return self.interface.outputs.build([torch.from_numpy(np.array(a)).to(device) for a in arrays])
+        result = self.interface.outputs.build([torch.from_numpy(np.array(a)).to(device) for a in arrays])
+        if self.record:
+            self.recorded.append(result)
+        return result

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import textwrap
 
+import onnxruntime
 import pytest
 import pytorch_lightning as pl
 import torch
 from export_cases import Inner, Net, hashes, loader, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from sklearn.metrics import confusion_matrix
 from torch import nn
 
 from lightning_prune import EdgeExport, MagnitudePruning, Schedule, export
@@ -68,6 +70,16 @@ def test_a_module_is_exported_without_a_trainer(exported):
     assert sorted(hashes(path)) == ["dense.int8.onnx", "dense.onnx"]
     assert report == Report.load(path)
     assert set(report.variant("dense.int8").metrics) == {"val_loss", "val_acc"}
+
+
+def test_the_report_has_the_recall_of_each_class(exported):
+    path, report = exported
+    session = onnxruntime.InferenceSession(str(path / "dense.int8.onnx"))
+    x, y = loader(1).dataset.tensors
+    predicted = session.run(None, {"x": x.numpy()})[0].argmax(1)
+    expected = confusion_matrix(y.numpy(), predicted, labels=[0, 1, 2])
+    assert report.variant("dense.int8").classes["confusion"] == expected.tolist()
+    assert report.variant("dense").classes["names"] == ["0", "1", "2"]
 
 
 def test_a_plain_checkpoint_gives_the_same_files_as_the_module(plain, exported, tmp_path):
