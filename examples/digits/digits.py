@@ -1,10 +1,12 @@
 """A small residual network and scikit-learn's handwritten digits: real data that comes with the package."""
 
+from collections.abc import Iterator
+
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -70,6 +72,26 @@ class Digits(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Shuffled(Sampler[int]):
+    """Another order every epoch, which follows from the epoch alone: a killed run goes on exactly.
+
+    Args:
+        count: How many samples there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.epoch = count, 0
+
+    def set_epoch(self, epoch: int) -> None:  # Lightning calls this
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.count, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self) -> int:
+        return self.count
+
+
 class DigitsData(LightningDataModule):
     """1,797 handwritten digits (UCI, in scikit-learn), enlarged from 8x8 to 32x32; every fifth validates.
 
@@ -93,7 +115,7 @@ class DigitsData(LightningDataModule):
         self.val = TensorDataset(pictures[held_out], labels[held_out])
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+        return DataLoader(self.train, self.batch_size, sampler=Shuffled(len(self.train)), drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val, self.batch_size)
