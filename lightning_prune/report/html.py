@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.report import charts, text
+from lightning_prune.report.accuracy import accuracy_dots
 from lightning_prune.report.classes import class_table
 from lightning_prune.report.layers import layer_table
 from lightning_prune.report.measures import column_rows, missing, rows
@@ -141,10 +142,14 @@ def _context(report: Report) -> dict[str, Any]:
     panels, epoch_ticks = charts.schedule_panels(report)
     last = next((v for v in reversed(report.variants) if v is not report.baseline), None)
     class_names, classes = class_table(report)
+    accuracy, accuracy_ticks, samples = accuracy_dots(report)
     return {
         "report": report,
         "class_names": class_names,
         "classes": classes,
+        "accuracy": accuracy,
+        "accuracy_ticks": accuracy_ticks,
+        "samples": samples,
         "made": _made(report),
         "compared": last,
         "headlines": headlines(report),
