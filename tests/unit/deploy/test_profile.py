@@ -278,6 +278,17 @@ def test_baseline_is_dense_wherever_it_stands():
     assert baseline_of(["b", "a"]) == "b"
 
 
+def test_energy_is_a_sensors_or_missing_with_the_reason(files):
+    job = Job("onnxruntime", 1, 1, {}, 10, None)
+    energy = run_child(job, "energy", [("dense", str(files["dense"]))], seconds=0.5)
+    if energy["value"] is None:
+        assert energy["reason"]
+    else:
+        assert energy["value"] > 0
+        assert energy["source"] == "powercap"
+        assert energy["runs"] > 1
+
+
 QUIET = {
     "again": {"value": 1.0, "low": 0.99, "high": 1.01}, "noisy": False, "baseline": "dense", "rounds": 1000,
     "cpu_share": 0.99, "warm_up": {"dense": {"settled": True}}, "pinned": {"reason": None},
