@@ -22,8 +22,8 @@
 All of them say what was expected, what came, and what to do about it.
 
 Example:
-    >>> print(ConfigurationError.of("MagnitudePruning", "sparsity", "a fraction from 0 to 1", 80, "write 0.8"))
-    MagnitudePruning: `sparsity` must be a fraction from 0 to 1, got 80; write 0.8.
+    >>> print(ConfigurationError.of("MagnitudePruning", "sparsity", "a fraction, 0 to 1", 80, "write 0.8"))
+    MagnitudePruning: `sparsity` must be a fraction, 0 to 1, got 80; write 0.8.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class ConfigurationError(LightningPruneError, ValueError):
             >>> str(ScheduleError.of("Schedule", "end", "at least `begin`", 0.1))
             'Schedule: `end` must be at least `begin`, got 0.1.'
         """
-        tail = f"; {remedy}" if remedy else ""
-        return cls(f"{owner}: `{argument}` must be {expected}, got {got!r}{tail}.")
+        tail = f"; {remedy.rstrip('.')}" if remedy else ""
+        end = "" if tail.endswith("?") else "."
+        return cls(f"{owner}: `{argument}` must be {expected}, got {got!r}{tail}{end}")
 
 
 class SelectionError(ConfigurationError):

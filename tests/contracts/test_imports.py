@@ -81,11 +81,6 @@ def test_sparsity_and_structure_know_no_lightning(path, layer):
         assert "lightning_prune._lightning" not in set(imports_of(path))
 
 
-def test_one_module_alone_uses_torch_pruning():
-    users = {
-        p.name for p in PACKAGE.rglob("*.py") if any(n.startswith("torch_pruning") for n in imports_of(p))
-    }
-    assert users == {"graph.py"}
 
 
 @pytest.mark.parametrize(
