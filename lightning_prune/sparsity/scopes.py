@@ -139,7 +139,8 @@ def lamp(scores: Tensor) -> Tensor:
     """
     squares = scores.reshape(-1).to(torch.float64).clamp(min=0.0).square()
     ordered, order = squares.sort(stable=True)
-    left = ordered.flip(0).cumsum(0).flip(0)
+    # On the CPU: a floating-point cumsum is refused on CUDA under deterministic algorithms.
+    left = ordered.flip(0).cpu().cumsum(0).flip(0).to(ordered.device)
     out = torch.empty_like(squares)
     out[order] = (ordered / left).nan_to_num(nan=0.0)
     return out.reshape(scores.shape).to(scores.dtype)

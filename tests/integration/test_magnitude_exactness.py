@@ -39,10 +39,11 @@ def linear() -> Schedule:
         {"accumulate_grad_batches": 3},
         {"gradient_clip_val": 0.1},
         {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
         {"precision": "64-true"},
         {"overfit_batches": 2},
     ],
-    ids=["plain", "accumulation", "clipping", "bf16-mixed", "64-true", "overfit"],
+    ids=["plain", "accumulation", "clipping", "bf16-mixed", "bf16-true", "64-true", "overfit"],
 )
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lbfgs"])
 def test_zeros_are_exact_at_every_forward_step_validation_and_checkpoint(tmp_path, optimizer, options):

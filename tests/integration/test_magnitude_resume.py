@@ -35,19 +35,20 @@ class Kill(Callback):
         if trainer.current_epoch == 2 and batch_idx == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-out, optimizer, scope = sys.argv[2:5]
-pruning = MagnitudePruning(0.8, schedule=Schedule("cubic", 0, 4, unit="epoch"), scope=scope)
+out, optimizer, scope, end = sys.argv[2:6]
+pruning = MagnitudePruning(0.8, schedule=Schedule("cubic", 0, int(end), unit="epoch"), scope=scope)
 keep = ModelCheckpoint(out, save_last=True)
 run = trainer(out, pruning, keep, Kill(), max_epochs=6, enable_checkpointing=True)
 run.fit(Net(optimizer), data(), data())
 """
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+# Killed in epoch 2, while the level still rises and when nothing but the stored masks can keep the zeros.
+@pytest.mark.parametrize(("scope", "end"), [("global", 4), ("layer", 1)], ids=["rising", "finished"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_resume_after_kill_gives_the_same_weights(tmp_path, optimizer, scope):
+def test_resume_after_kill_gives_the_same_weights(tmp_path, optimizer, scope, end):
     def run(folder: Path, ckpt_path: str | None = None):
-        pruning = MagnitudePruning(0.8, schedule=Schedule("cubic", 0, 4, unit="epoch"), scope=scope)
+        pruning = MagnitudePruning(0.8, schedule=Schedule("cubic", 0, end, unit="epoch"), scope=scope)
         keep = ModelCheckpoint(folder, save_last=True)
         # A resumed run starts from another initialization: all that counts is in the checkpoint.
         net = Net(optimizer, seed=1 if ckpt_path else 0)
@@ -55,7 +56,7 @@ def test_resume_after_kill_gives_the_same_weights(tmp_path, optimizer, scope):
         fit.fit(net, data(), data(), ckpt_path=ckpt_path)
         return net, fit.optimizers[0].state_dict(), pruning
 
-    arguments = [str(Path(__file__).parent), str(tmp_path / "killed"), optimizer, scope]
+    arguments = [str(Path(__file__).parent), str(tmp_path / "killed"), optimizer, scope, str(end)]
     killed = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
