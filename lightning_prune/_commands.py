@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
+from lightning_prune import _bundle_commands
 from lightning_prune.callbacks import _network
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks.edge_export import EdgeExport, progress_bar
@@ -149,6 +150,9 @@ def profile(argv: Sequence[str]) -> None:
         ConfigurationError: A file does not exist, or an option is out of range.
         ProfileError: No file could be timed.
     """
+    if any(word.split("=")[0] == "--bundle" for word in argv):
+        _bundle_commands.profile_device(argv)
+        return
     parser = ArgumentParser(prog="lightning-prune profile", description="Measure ONNX files side by side.")
     parser.add_argument("files", nargs="+", type=str, help="dense.onnx, else the first, is the baseline")
     parser.add_argument("--json", type=str, help="also write the report there")
@@ -178,5 +182,5 @@ def compare(argv: Sequence[str]) -> None:
     print_comparison(compare_files(options.paths, options.variant))
 
 
-MEASURING = {"profile": profile, "compare": compare}
+MEASURING = {"profile": profile, "compare": compare, "bundle": _bundle_commands.bundle}
 """Subcommands that need no config, model or Trainer."""

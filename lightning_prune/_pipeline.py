@@ -218,7 +218,6 @@ def calibration_feeds(task: Task, base: Made) -> list[Feed]:
         calls = list(captured_calls(rehearsal, loaders, step, task.quantize.batches, SAMPLES))
         if calls:
             break
-    calls = calls or base.calls
     return [to_feed(session, [face.tensors(*call)[i] for i in face.kept]) for call in calls]
 
 

@@ -20,8 +20,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     `fit`, `validate`, `test` and `predict` are LightningCLI's. `export` does after training what `EdgeExport`
     does at its end; `inspect` shows what pruning could do, and trains nothing. Both take the config of the
-    fit. `profile` measures ONNX files, and `compare` sets the reports of several runs side by side. Modules
-    in the working directory and beside a `--config` file can be named in it.
+    fit. `profile` measures ONNX files, or a bundle on a device; `bundle` verifies, signs, encrypts and packs
+    what an export left; `compare` sets the reports of several runs side by side. Modules in the working
+    directory and beside a `--config` file can be named in it.
 
     Args:
         args: The command line without the program's name; by default the process's.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -12,11 +14,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from export_cases import Net, loader
 
-from lightning_prune import export
+from lightning_prune import cli, export
 from lightning_prune.deploy.remote import parse_result, run_over_ssh
 from lightning_prune.errors import ConfigurationError, ExportError, ProfileError
 from lightning_prune.report.device import measurement_of, merge_device
@@ -197,3 +200,83 @@ def test_outputs_that_differ_on_the_device_have_no_numbers_but_a_reason():
     assert "outputs of pruned.int8 differ on the device" in column.reason
     with pytest.raises(ConfigurationError, match=r"what a bundle's run\.py prints"):
         measurement_of({"variants": [{}]}, "pi")
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """The command, in this process: starting Python and torch anew takes seconds."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        status = 0
+        try:
+            cli.main(list(words))
+        except SystemExit as end:
+            status = end.code
+        return Done(status, *capsys.readouterr())
+
+    return run
+
+
+@needs_sshd
+def test_the_command_profiles_a_device_and_adds_a_column(bundle, server, tmp_path, command):
+    host, options = server
+    shutil.copytree(bundle, tmp_path / "edge")
+    words = ["profile", "--bundle=edge", f"--ssh={host}", f"--python={sys.executable}", "--rounds=20"]
+    done = command(*words, "--label=board", f"--ssh_options={shlex.join(options)}")
+    assert done.returncode == 0, done.stderr
+    assert "board" in done.stdout
+    assert [m.label for m in Report.load(tmp_path / "edge").measurements] == ["board"]
+
+
+def test_a_result_that_came_another_way_becomes_a_column_too(bundle, tmp_path, command):
+    folder = shutil.copytree(bundle, tmp_path / "edge")
+    runner = [sys.executable, str(folder / "run.py"), "--rounds", "3"]
+    printed = subprocess.run(runner, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "phone.json").write_text(printed)
+    done = command("profile", "--bundle", "edge", "--result", "phone.json")
+    assert done.returncode == 0, done.stderr
+    assert [m.label for m in Report.load(folder).measurements] == ["phone"]
+    done = command("profile", "--bundle", "edge")
+    assert done.returncode == 1
+    assert "give --ssh user@host or --result FILE" in done.stderr
+    done = command("profile", "--bundle", "edge", "--result", "none.json")
+    assert "`result` must be a readable file, got 'none.json'" in done.stderr
+
+
+def test_the_command_verifies_and_packs_a_bundle(bundle, tmp_path, command):
+    folder = shutil.copytree(bundle, tmp_path / "edge")
+    done = command("bundle", "edge", "--archive")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verified"] is True
+    assert (tmp_path / "edge.tar.gz").is_file()
+    with (folder / "dense.onnx").open("ab") as file:
+        file.write(b"x")
+    done = command("bundle", "edge")
+    assert done.returncode == 1
+    assert "refused: dense.onnx does not match its SHA-256 sum" in done.stderr
+
+
+def test_the_command_signs_and_encrypts_a_copy(bundle, tmp_path, command, monkeypatch):
+    pytest.importorskip("cryptography", reason="sealing is an extra")
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    shutil.copytree(bundle, tmp_path / "edge")
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+    (tmp_path / "key.pem").write_bytes(pem)
+    monkeypatch.setenv("LIGHTNING_PRUNE_KEY", "ab" * 32)
+    done = command("bundle", "edge", "--target=sealed", "--sign=key.pem", "--encrypt")
+    assert done.returncode == 0, done.stderr
+    assert "ab" * 32 not in done.stdout + done.stderr
+    names = sorted(p.name for p in (tmp_path / "sealed").iterdir())
+    models = ["dense.int8.onnx.enc", "dense.onnx.enc"]
+    assert names == [*models, "manifest.json", "manifest.json.sig", "run.py", "samples.npz"]
+    assert "need --target DIRECTORY" in command("bundle", "edge", "--sign=key.pem").stderr

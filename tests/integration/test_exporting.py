@@ -17,8 +17,15 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from sklearn.metrics import confusion_matrix
 from torch import nn
 
-from lightning_prune import EdgeExport, MagnitudePruning, Schedule, export
-from lightning_prune.errors import CheckpointError, OutputError, SelectionError, TracingError
+from lightning_prune import EdgeExport, MagnitudePruning, Schedule, _pipeline, export
+from lightning_prune.errors import (
+    CheckpointError,
+    OutputError,
+    ProfileError,
+    QuantizationError,
+    SelectionError,
+    TracingError,
+)
 from lightning_prune.report.results import Report
 
 pytestmark = [
@@ -149,6 +156,26 @@ def test_without_any_data_the_example_input_is_enough_for_a_float_file(tmp_path)
     report = export(net, tmp_path / "edge", quantize=None, profile=None)
     assert report.variant("dense").missing["metrics"] == "no validation data"
     assert report.variant("dense").parity["batches"] == [1]
+
+
+def test_without_any_data_nothing_is_quantized_on_made_up_numbers(tmp_path):
+    net = Net()
+    net.example_input_array = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(QuantizationError, match="nothing to calibrate with"):
+        export(net, tmp_path / "edge", profile=None)
+    assert list((tmp_path / "edge").iterdir()) == []
+
+
+def test_a_profile_that_fails_is_missing_from_the_report_with_the_reason(tmp_path, monkeypatch):
+    def crash(*args, **kwargs):
+        raise ProfileError("the child died")
+
+    monkeypatch.setattr(_pipeline, "profile_files", crash)
+    report = export(Net(), tmp_path / "edge", dataloaders=loader(1))
+    assert sorted(hashes(tmp_path / "edge")) == ["dense.int8.onnx", "dense.onnx"]
+    assert report.variant("dense").latency_ms is None
+    assert report.variant("dense").missing["latency_ms"] == "the child died"
+    assert any("latency profile is missing: the child died" in text for text in report.warnings)
 
 
 def test_without_data_and_example_the_error_names_the_remedies(tmp_path):

@@ -49,6 +49,7 @@ def bundle(made, tmp_path):
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
     """A key pair, made by another program."""
+    pytest.importorskip("cryptography", reason="sealing is an extra")
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl to make keys with")
     folder = tmp_path_factory.mktemp("keys")
@@ -200,6 +201,7 @@ def test_a_model_and_its_sum_changed_together_are_caught_by_the_signature(bundle
 
 
 def test_an_encrypted_bundle_runs_with_its_key_only(bundle, tmp_path, monkeypatch):
+    pytest.importorskip("cryptography", reason="sealing is an extra")
     monkeypatch.setenv(bundle_runner.KEY_VARIABLE, KEY)
     sealed = seal_bundle(bundle, tmp_path / "sealed", encrypt=True)
     names = sorted(p.name for p in sealed.iterdir())
@@ -222,6 +224,7 @@ def test_an_encrypted_bundle_runs_with_its_key_only(bundle, tmp_path, monkeypatc
 
 def test_encrypted_models_cannot_be_swapped(bundle, tmp_path, monkeypatch):
     """Even with matching sums: a model decrypts under its own name only."""
+    pytest.importorskip("cryptography", reason="sealing is an extra")
     monkeypatch.setenv(bundle_runner.KEY_VARIABLE, KEY)
     sealed = seal_bundle(bundle, tmp_path / "sealed", encrypt=True)
     shutil.copy(sealed / "dense.int8.onnx.enc", sealed / "dense.onnx.enc")
@@ -243,6 +246,7 @@ def test_encrypted_models_cannot_be_swapped(bundle, tmp_path, monkeypatch):
     ids=["nothing", "no key", "no secret", "short secret"],
 )
 def test_wrong_keys_are_refused_and_never_repeated(bundle, tmp_path, arguments, message, monkeypatch):
+    pytest.importorskip("cryptography", reason="sealing is an extra")
     monkeypatch.delenv(bundle_runner.KEY_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short").write_text("abcdef")
