@@ -34,8 +34,26 @@ def siblings(core: int) -> list[int]:
     return [number for ends in ranges for number in range(ends[0], ends[-1] + 1)]
 
 
+def capacity(core: int) -> int:
+    """Return how fast a core can be, in the system's own units; 0 if it does not tell."""
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        try:
+            return int(Path(f"/sys/devices/system/cpu/cpu{core}/{name}").read_text())
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
+def fastest(cores: set[int], count: int) -> set[int]:
+    """Return the big cores of a machine with big and little ones, or all where that leaves too few."""
+    speeds = {core: capacity(core) for core in cores}
+    # Single cores may boost a little higher than their equals; little ones are far below.
+    big = {core for core in cores if speeds[core] >= 0.85 * max(speeds.values())}
+    return big if len(big) >= count else cores
+
+
 def pin(count: int, sample_seconds: float = 0.25) -> dict[str, Any]:
-    """Bind this process to the `count` allowed cores that are least busy, one a physical core if possible."""
+    """Bind this process to the `count` least busy fast cores, one on each physical core if possible."""
     if not hasattr(os, "sched_setaffinity"):
         return {"cores": None, "reason": f"{sys.platform} cannot bind a process to a core"}
     try:
@@ -44,7 +62,7 @@ def pin(count: int, sample_seconds: float = 0.25) -> dict[str, Any]:
         after = core_times()
         spent = {core: (after[core][0] - before[core][0], after[core][1] - before[core][1]) for core in after}
         busy = {core: part / max(whole, 1) for core, (part, whole) in spent.items()}
-        allowed = os.sched_getaffinity(0)
+        allowed = fastest(os.sched_getaffinity(0), count)
         # Core 0 usually serves interrupts, so among equals the highest number goes first.
         ranked = sorted(allowed, key=lambda core: (sum(busy.get(s, 0.0) for s in siblings(core)), -core))
         first = [core for i, core in enumerate(ranked) if not set(siblings(core)) & set(ranked[:i])]

@@ -71,8 +71,8 @@ def test_profile_measures_files_side_by_side(files):
     assert all(0 <= fraction <= 1 for _, fraction in stages)
     peak = result.protocol["peak_gmacs"]
     assert peak["reason"] is None
-    # Two convolutions over 16 by 16 pixels cannot run faster than the peak, but for what a boost clock gives.
-    assert 1.25 * peak["float32"] > 64 * 256 * 9 * (3 + 64) / (dense.latency_ms["min"] * 1e6)
+    # Two convolutions over 16 by 16 pixels cannot run faster than the peak, but for what a busy machine does.
+    assert 2 * peak["float32"] > 64 * 256 * 9 * (3 + 64) / (dense.latency_ms["min"] * 1e6)
     assert peak["int8"] > 0
     assert children() == []
 
@@ -128,7 +128,7 @@ def test_time_is_bounded_and_the_shortfall_said(tmp_path):
     heavy = conv_file(tmp_path / "heavy.onnx", channels=256, size=96)
     began = time.monotonic()
     result = profile_files({"heavy": heavy}, Profile(rounds=100_000, max_seconds=3))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25
     assert result.files["heavy"].latency_ms["runs"] < 100
     assert any("raise Profile(max_seconds=...)" in warning for warning in result.warnings)
 
@@ -217,7 +217,7 @@ def test_hung_process_is_killed_and_said(files):
     began = time.monotonic()
     with pytest.raises(ChildError, match="no answer for 3 s"):
         run_child(job, "latency", [("a", str(files["dense"]))], seconds=1e6, grace=3 - 1e6)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25
     assert children() == []
 
 

@@ -45,6 +45,7 @@ def test_busy_sibling_makes_a_core_busy(monkeypatch, affinity):
     chosen = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: chosen.append(sorted(cores)))
     monkeypatch.setattr(machine, "siblings", lambda core: [core % 2, core % 2 + 2])
+    monkeypatch.setattr(machine, "capacity", lambda core: 0)
     load = {0: 0, 1: 10, 2: 90, 3: 10}
     busy(monkeypatch, load)
     machine.pin(1, sample_seconds=0)  # core 0 is idle itself, but shares its physical core with core 2
@@ -53,6 +54,20 @@ def test_busy_sibling_makes_a_core_busy(monkeypatch, affinity):
     busy(monkeypatch, load)
     assert machine.pin(8, sample_seconds=0)["reason"] == "only 4 cores are allowed"
     assert chosen == [[3], [2, 3], [0, 1, 2, 3]]
+
+
+@needs_affinity
+def test_little_cores_are_left_alone_unless_too_few_are_big(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    chosen = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: chosen.append(sorted(cores)))
+    monkeypatch.setattr(machine, "siblings", lambda core: [core])
+    monkeypatch.setattr(machine, "capacity", {0: 1024, 1: 1000, 2: 430, 3: 430}.get)
+    load = {0: 50, 1: 20, 2: 0, 3: 10}
+    for count in (1, 2, 3):
+        busy(monkeypatch, load)
+        machine.pin(count, sample_seconds=0)
+    assert chosen == [[1], [0, 1], [1, 2, 3]]
 
 
 def test_system_without_affinity_is_said(monkeypatch):
