@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_prune._lightning import LightningModule
 from lightning_prune._pipeline import Progress, run
 from lightning_prune._task import Data, Task
@@ -21,6 +19,7 @@ from lightning_prune.deploy.quantize import Quantize
 from lightning_prune.deploy.runtime import require_onnxruntime
 from lightning_prune.deploy.search import check_max_drop
 from lightning_prune.errors import CheckpointError, ConfigurationError
+from lightning_prune.loading import read_checkpoint
 from lightning_prune.report.results import Report
 from lightning_prune.structure import manifest
 
@@ -101,28 +100,6 @@ def export(
         ),
         progress,
     )
-
-
-def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
-    """Read a checkpoint without unpickling anything but tensors and plain values.
-
-    Raises:
-        CheckpointError: It cannot be read so.
-    """
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(data).__name__}.")
-    if "state_dict" not in data and all(isinstance(value, torch.Tensor) for value in data.values()):
-        return {"state_dict": data}
-    if "state_dict" not in data:
-        raise CheckpointError(f"{path} is no checkpoint: it has no 'state_dict'.")
-    return data
 
 
 def loaded(module: LightningModule, checkpoint: Mapping[str, Any], path: Any) -> Any:

@@ -86,13 +86,13 @@ def load_pruned(module_class: type[ModuleT], path: str | Path, **kwargs: Any) ->
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint without unpickling anything but tensors and plain values.
+    """Read a checkpoint without unpickling anything but tensors and plain values.
 
     Args:
-        path: The file.
+        path: A Lightning checkpoint, or a file with a plain state dict.
 
     Returns:
-        Its content, on the CPU.
+        Its content, on the CPU; a plain state dict under the key `"state_dict"`.
 
     Raises:
         CheckpointError: It is no such file.
@@ -105,8 +105,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {error}"
         ) from error
+    if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'.")
+        raise CheckpointError(f"{str(path)!r} is no checkpoint: it has no 'state_dict'.")
     return checkpoint
 
 
