@@ -98,17 +98,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: It is no such file.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"There is no checkpoint {str(path)!r}.")
+        raise CheckpointError(f"There is no checkpoint {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{str(path)!r} cannot be read as a checkpoint of tensors and plain values: {error}"
+            f"{path} cannot be read as a checkpoint of tensors and plain values: {error}"
         ) from error
     if isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         return {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{str(path)!r} is no checkpoint: it has no 'state_dict'.")
+        raise CheckpointError(f"{path} is no checkpoint: it has no 'state_dict'.")
     return checkpoint
 
 
