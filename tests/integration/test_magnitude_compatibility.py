@@ -329,6 +329,8 @@ SHARDED = {
     "global": {"sharded": True},
     "layer": {"sharded": True, "scope": "layer"},
     "taylor": {"sharded": True, "criterion": "taylor"},
+    "wanda": {"sharded": True, "criterion": "wanda"},
+    "pattern": {"sharded": True, "pattern": "row", "scope": "layer"},
     "rigl": {"sharded": True, "training": {"regrowth": "rigl", "every": 2}},
 }
 
@@ -368,13 +370,17 @@ def assert_ranks_agree(first, second):
     assert first["counts"] == second["counts"]
     for name, mask in first["masks"].items():
         assert bool((first["weights"][name][mask == 0] == 0).all())
-    assert sum(int((mask == 0).sum()) for mask in first["masks"].values()) == 768
+
+
+def masked(rank):
+    return sum(int((mask == 0).sum()) for mask in rank["masks"].values())
 
 
 @pytest.mark.parametrize("case", sorted(DDP))
 def test_ddp_keeps_identical_masks_and_weights_on_two_processes(ddp, case):
     first, second = ddp[case]
     assert_ranks_agree(first, second)
+    assert masked(first) == 768
     if case != "regrowth":
         assert all(count == expected(epoch) for epoch, count in first["counts"])
 
@@ -383,7 +389,9 @@ def test_ddp_keeps_identical_masks_and_weights_on_two_processes(ddp, case):
 def test_fully_sharded_weights_have_exact_masks_that_all_ranks_agree_on(sharded, case):
     first, second = sharded[case]
     assert_ranks_agree(first, second)
-    if case != "rigl":
+    # Rows of 9 (8 of them), 72 (12) and 12 (2): as many as do not exceed 0.8 of each weight.
+    assert masked(first) == (768 if case != "pattern" else 6 * 9 + 9 * 72 + 12)
+    if case not in ("rigl", "pattern"):
         assert all(count == expected(epoch) for epoch, count in first["counts"])
     # The state is that of a single process: whole masks, one bit a weight.
     assert [packed.numel() for packed in first["state"]["masks"].values()] == [9, 108, 3]

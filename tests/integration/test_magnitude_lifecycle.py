@@ -231,6 +231,18 @@ def test_every_scope_reaches_the_exact_count(tmp_path, scope):
         assert all(abs(part - 0.7) < 1 / 24 for part in parts.values())
 
 
+@pytest.mark.parametrize("sparsity", [0, 1])
+@pytest.mark.parametrize("scope", ["global", "layer", "output", "erk", "lamp"])
+def test_the_ends_of_the_range_are_allowed(tmp_path, sparsity, scope):
+    net = Net()
+    pruning = MagnitudePruning(sparsity, scope=scope, schedule=Schedule("linear", 0, 2, "epoch"))
+    run = trainer(tmp_path, pruning)
+    run.fit(net, data())
+    assert zeros(net) == 960 * sparsity
+    assert float(run.callback_metrics["sparsity"]) == sparsity
+    assert pruning.pruning_finished
+
+
 def test_sparsity_by_glob_gives_each_weight_its_own(tmp_path):
     net = Net()
     pruning = MagnitudePruning({"stem.*": 0.25, "head": 0.5, "*": 0.75}, schedule=ONCE)
