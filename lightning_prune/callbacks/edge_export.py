@@ -26,7 +26,7 @@ from lightning_prune.deploy.onnx import Onnx
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.deploy.quantize import Quantize
 from lightning_prune.deploy.runtime import require_onnxruntime
-from lightning_prune.deploy.search import check_max_drop
+from lightning_prune.deploy.search import check_logged, check_max_drop
 from lightning_prune.errors import ConfigurationError, EvaluationError, ExportError
 from lightning_prune.exporting import baseline_warnings, dense_of, take_baseline
 from lightning_prune.report.results import Report
@@ -170,6 +170,11 @@ class EdgeExport(Callback):
         """Keep the dense network, once, just before it is first changed."""
         if self.baseline and self._kept is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._kept = take_baseline(pl_module, trainer.current_epoch, trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See in the first validation, which is the sanity check, that what `max_drop` names is logged."""
+        if self.max_drop and trainer.state.fn == "fit":
+            check_logged(self.max_drop, trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the epoch's metrics, to draw the schedule against."""

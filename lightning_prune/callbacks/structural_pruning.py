@@ -215,6 +215,9 @@ class StructuralPruning(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; Lightning calls no teardown after an exception."""
         _checkpoint_hooks.uninstall(pl_module)
+        if exception.__class__.__name__ == "ProcessRaisedException":
+            # What `setup` raised in a spawned process comes out of the launcher as mere text.
+            check_strategy(trainer.strategy)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -102,6 +102,19 @@ def check_max_drop(max_drop: Mapping[str, float] | None, owner: str = "EdgeExpor
             )  # fmt: skip
 
 
+def check_logged(max_drop: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
+    """Refuse limits on metrics that the validation loop does not log.
+
+    Raises:
+        QuantizationError: One is not among `metrics`.
+    """
+    for name in max_drop:
+        if name not in metrics:
+            raise QuantizationError(
+                f"max_drop: the validation loop does not log {name!r}. {near_matches(name, sorted(metrics))}"
+            )
+
+
 def lost(name: str, reference: float, value: float) -> float:
     """Return by how much a metric got worse.
 
@@ -142,12 +155,7 @@ def within_drop(
     Raises:
         QuantizationError: A metric is not logged, or no number of layers in float is enough.
     """
-    for name in max_drop:
-        if name not in reference:
-            raise QuantizationError(
-                f"max_drop: the validation loop does not log {name!r}. "
-                f"{near_matches(name, sorted(reference))}"
-            )
+    check_logged(max_drop, reference)
     table: list[dict[str, Any]] = []
     attempts: dict[int, tuple[T, bool]] = {}
 
