@@ -217,7 +217,7 @@ class StructuralPruning(Callback):
         _checkpoint_hooks.uninstall(pl_module)
         if exception.__class__.__name__ == "ProcessRaisedException":
             # What `setup` raised in a spawned process comes out of the launcher as mere text.
-            check_strategy(trainer.strategy)
+            check_strategy(trainer.strategy, _OWNER)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -31,6 +31,7 @@ from lightning_prune.errors import (
     EvaluationError,
     MissingDependencyError,
     OutputError,
+    QuantizationError,
     SelectionError,
 )
 from lightning_prune.report.results import Report
@@ -213,6 +214,24 @@ def test_a_submodule_is_exported_and_measured_where_the_loop_calls_it(tmp_path):
     assert "val_acc" in edge.report.variant("pruned").metrics
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_any_precision_is_exported_in_float32(tmp_path, precision):
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None, quantize=None)
+    trainer(tmp_path, [edge], max_epochs=1, precision=precision).fit(Net(), loader(), loader(1))
+    assert {i.data_type for i in onnx.load(str(tmp_path / "edge" / "dense.onnx")).graph.initializer} <= {1, 7}
+    assert edge.report.variant("dense").metrics["val_acc"] == accuracy(tmp_path / "edge" / "dense.onnx")
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile\\(module\\)` when there are global hooks")  # MACs
+def test_a_compiled_submodule_is_exported_under_its_own_names(tmp_path):
+    net, edge = Inner(), EdgeExport(str(tmp_path / "edge"), module="model", profile=None, quantize=None)
+    net.model = torch.compile(net.model, backend="eager")
+    trainer(tmp_path, [edge], max_epochs=1).fit(net, loader(), loader(1))
+    names = {i.name for i in onnx.load(str(tmp_path / "edge" / "dense.onnx")).graph.initializer}
+    assert "0.weight" in names
+    assert not any("_orig_mod" in name for name in names)
+
+
 def test_a_second_fit_keeps_the_baseline_and_another_module_takes_its_own(tmp_path):
     net, edge = Net(), EdgeExport(str(tmp_path / "edge"), profile=None, quantize=None)
     mask = MagnitudePruning(0.5, schedule=Schedule("one_shot", begin=0.5))
@@ -360,6 +379,11 @@ DDP = """
     from torchmetrics import Accuracy
     from export_cases import Net, loader, pruners, trainer
     from lightning_prune import EdgeExport, MagnitudePruning, Schedule
+    from lightning_prune.callbacks import edge_export
+    from lightning_prune.errors import ExportError, ParityError
+
+    def fail(*args):
+        raise ParityError("they disagree")
 
     class Metric(Net):
         def __init__(self):
@@ -373,19 +397,24 @@ DDP = """
     if __name__ == "__main__":
         torch.set_num_threads(1)
         pl.seed_everything(0)
-        edge = EdgeExport(sys.argv[1], profile=None, module=sys.argv[3] or None)
+        edge = EdgeExport(sys.argv[1], profile=None)
         mask = MagnitudePruning(0.5, schedule=Schedule("one_shot", begin=0.5))
+        if sys.argv[3]:
+            edge_export.run = fail
         running = trainer(".", [mask, edge], max_epochs=2, strategy="ddp", devices=2)
-        running.fit(Metric(), loader(), loader(1, n=90))
-        print("rank", running.global_rank, "done", flush=True)
+        try:
+            running.fit(Metric(), loader(), loader(1, n=90))
+            print("rank", running.global_rank, "done", flush=True)
+        except ExportError as error:
+            print("rank", running.global_rank, type(error).__name__, error, flush=True)
 """
 
 
-def ddp(tmp_path, module=""):
+def ddp(tmp_path, fail=""):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(DDP))
     here = str(Path(__file__).parent)
-    command = [sys.executable, str(script), str(tmp_path / "edge"), here, module]
+    command = [sys.executable, str(script), str(tmp_path / "edge"), here, fail]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
 
 
@@ -398,3 +427,23 @@ def test_two_processes_export_once_and_validate_on_all_of_the_data(tmp_path):
     x, y = loader(1, n=90).dataset.tensors
     right = session.run(None, {"x": x.numpy()})[0].argmax(1) == y.numpy()
     assert report.variant("pruned").metrics["val_acc"] == pytest.approx(right.mean(), abs=1e-6)
+
+
+def test_a_failure_on_the_first_process_ends_all_of_them(tmp_path):
+    done = ddp(tmp_path, "fail")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 ParityError they disagree" in done.stdout
+    assert "rank 1 ExportError EdgeExport failed on the first process: they disagree" in done.stdout
+
+
+def test_a_limit_on_a_metric_that_nobody_logs_fails_before_training(tmp_path):
+    steps = []
+
+    class See(pl.Callback):
+        def on_train_batch_start(self, *args):
+            steps.append(1)
+
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None, max_drop={"acc": 0.1})
+    with pytest.raises(QuantizationError, match="does not log 'acc'. Did you mean 'val_acc'"):
+        trainer(tmp_path, [edge, See()], max_epochs=1, num_sanity_val_steps=1).fit(Net(), loader(), loader(1))
+    assert steps == []
