@@ -444,6 +444,6 @@ def test_a_limit_on_a_metric_that_nobody_logs_fails_before_training(tmp_path):
             steps.append(1)
 
     edge = EdgeExport(str(tmp_path / "edge"), profile=None, max_drop={"acc": 0.1})
-    with pytest.raises(QuantizationError, match="does not log 'acc'. Did you mean 'val_acc'"):
+    with pytest.raises(QuantizationError, match=r"does not log 'acc'\. Did you mean 'val_acc'"):
         trainer(tmp_path, [edge, See()], max_epochs=1, num_sanity_val_steps=1).fit(Net(), loader(), loader(1))
     assert steps == []
