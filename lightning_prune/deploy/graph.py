@@ -71,9 +71,9 @@ def rename(graph: Any, inputs: list[str], outputs: list[str]) -> None:
         final.append(name)
     wanted += list(zip(old_outputs, final, strict=True))
     mapping = dict(wanted)
-    # Weights are called as in the module, not as in the flat one around it.
+    # Weights are called as in the module, not as in the flat one around it, or a compiled one.
     for name in [item.name for item in graph.initializer]:
-        bare = name.removeprefix("module.")
+        bare = name.removeprefix("module.").replace("_orig_mod.", "")
         if name != bare and bare not in taken | _value_names(graph):
             mapping[name] = bare
             taken.add(bare)
