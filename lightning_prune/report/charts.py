@@ -193,12 +193,22 @@ def schedule_panels(report: Report) -> tuple[tuple[Panel, ...], tuple[Tick, ...]
     percents = tuple(Tick(100 - value, f"{value} %") for value in (0, 50, 100))
     panels = [Panel("Pruning", tuple(lines), percents, events)]
     for number, (name, points) in enumerate(fitted.items(), start=len(ran) + 1):
-        low, high = min(y for _, y in points), max(y for _, y in points)
-        high = high if high > low else low + 1
+        low, high = _height(points, since=min(x for xs in epochs for x in xs) - 1)
         path = " ".join(f"{across(x):.2f},{100 - 100 * (y - low) / (high - low):.2f}" for x, y in points)
         ticks = (Tick(100, text.digits(low)), Tick(0, text.digits(high)))
         panels.append(Panel(name, (Line(path, name, number),), ticks, events))
     return tuple(panels), tuple(Tick(across(x), f"{x:g}") for x in nice_ticks(left, right) if x == int(x))
+
+
+def _height(points: Sequence[tuple[float, float]], since: float) -> tuple[float, float]:
+    """Return the range to draw a curve in: what it does from just before the first change on.
+
+    The first epochs of a training move so far that nothing else would be seen; they leave the frame.
+    """
+    recent = [y for x, y in points if x >= since]
+    values = recent if len(recent) >= 3 else [y for _, y in points]
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def course_epochs(points: Sequence[tuple[float, int, float | None, float | None]]) -> list[float]:

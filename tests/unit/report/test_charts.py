@@ -91,6 +91,19 @@ def test_schedule_starts_dense_before_the_first_change():
     assert coordinates(zeros.points) == [(0, 100), (0, 100), (80, 100), (80, 40), (100, 40)]
 
 
+def test_curves_are_scaled_to_the_time_of_the_changes():
+    report = example_report()
+    history = [{"epoch": 3, "step": 30, "target": 0.5, "achieved": 0.5}]
+    pruning = {"callbacks": [{"callback": "StructuralPruning", "history": history, "layers": []}]}
+    values = [9.0, 0.4, 0.2, 0.3, 0.25, 0.2]
+    curves = {"val_loss": [[epoch, value] for epoch, value in enumerate(values)]}
+    panels, _ = charts.schedule_panels(replace(report, pruning=pruning, training={"curves": curves}))
+    heights = [y for _, y in coordinates(panels[1].lines[0].points)]
+    assert heights[2:] == [100, 0, 50, 100]  # the dip after the change fills the frame
+    assert heights[0] < 0  # and the first epoch is above it
+    assert [tick.label for tick in panels[1].ticks] == ["0.200", "0.300"]
+
+
 def test_what_the_callbacks_log_is_not_drawn_twice():
     report = example_report()
     curves = {"macs": [[0, 1], [1, 0.5]], "sparsity_target": [[0, 0], [1, 1]], "val_f1": [[0, 0], [1, 1]]}
