@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lightning_prune.report import text
+from lightning_prune.report.accuracy import accuracy_of, wilson
 from lightning_prune.report.classes import class_table
 from lightning_prune.report.layers import layer_table
 from lightning_prune.report.measures import Row, column_rows, missing, rows
 from lightning_prune.report.observations import remarks
 from lightning_prune.report.protocol import profile_sentence
-from lightning_prune.report.results import Report
+from lightning_prune.report.results import Interval, Report
 from lightning_prune.report.surroundings import environment_rows
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")
@@ -40,6 +41,7 @@ def render_markdown(report: Report) -> str:
     parts.append(variants_table(report))
     notes = [sentence for sentence in (profile_sentence(report), *missing(report)) if sentence]
     parts.extend(escape(sentence) for sentence in notes)
+    parts.extend(_intervals(report))
     parts.extend(_classes(report))
     parts.extend(_operators(report))
     parts.extend(_columns(report))
@@ -92,6 +94,25 @@ def _operators(report: Report) -> list[str]:
                 table(["Operator", "Nodes", "Time a run", "Share"], lines, right=True),
             ]
     return ["## Where the time goes", *parts] if parts else []
+
+
+def _intervals(report: Report) -> list[str]:
+    lines = []
+    for variant in report.variants:
+        times, counts = variant.latency_ms, accuracy_of(variant)
+        cells = (
+            "" if times is None else _between(times.p50_interval, text.digits),
+            "" if times is None else _between(times.speedup, text.digits),
+            "" if counts is None else _between(wilson(*counts), lambda part: text.percent(part, 1)),
+        )
+        if any(cells):
+            lines.append([variant.name, *cells])
+    header = ["95 % interval", "Median (ms)", "Speed-up", "Accuracy"]
+    return [table(header, lines, right=True)] if lines else []
+
+
+def _between(interval: Interval | None, show: text.Format) -> str:
+    return "" if interval is None else f"{show(interval.low)} to {show(interval.high)}"
 
 
 def _classes(report: Report) -> list[str]:

@@ -179,6 +179,15 @@ def test_markdown_shows_every_value():
     assert "| net.conv3 | 20 of 32 | 57.0 % |" in text
 
 
+def test_markdown_shows_intervals():
+    report = example_report()
+    classes = {"names": ["a"], "support": [100], "recall": [0.9]}
+    report = replace(report, variants=(*report.variants[:2], replace(report.variants[2], classes=classes)))
+    text = render_markdown(report)
+    assert "| pruned |  | 1.94 to 2.08 |  |" in text
+    assert "| pruned.int8 |  | 3.88 to 4.16 | 82.6 % to 94.5 % |" in text
+
+
 def test_markdown_escapes_what_would_end_a_cell():
     assert table(["a"], [["x|y\nz"]]).splitlines()[-1] == "| x\\|y z |"
 
