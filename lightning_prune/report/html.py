@@ -106,7 +106,7 @@ def typeset(words: str) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """Return a dotted name, escaped, that a narrow column may break after its dots.
+    """Return a name, escaped, that a narrow column may break after its dots, slashes, dashes and underscores.
 
     Example:
         >>> breakable("net.<0>")
@@ -114,7 +114,7 @@ def breakable(name: str) -> Markup:
     """
     from markupsafe import Markup
 
-    return Markup(".<wbr>").join(name.split("."))
+    return Markup("<wbr>").join(re.split(r"(?<=[._/-])(?=.)", name))
 
 
 def _gain(before: float, after: float, words: tuple[str, str], detail: str) -> Headline:
