@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lightning_prune.errors import ConfigurationError, near_matches
-from lightning_prune.schedules import Schedule
+from lightning_prune.errors import ConfigurationError, ScheduleError, near_matches
+from lightning_prune.schedules import Schedule, Timeline
+from lightning_prune.selection import Weight
 from lightning_prune.sparsity import patterns, scopes
 from lightning_prune.sparsity.training import SparseTraining
 
@@ -55,6 +57,32 @@ def _check_sparsity(sparsity: object) -> None:
             remedy = f"write {level / 100:g}" if isinstance(level, (int, float)) and 1 < level <= 100 else ""
             name = f"sparsity[{glob!r}]" if glob else "sparsity"
             raise ConfigurationError.of(OWNER, name, "a fraction from 0 to 1", level, remedy)
+
+
+def refuse_overlap(weights: Mapping[str, Weight], others: Sequence[Mapping[str, Weight]]) -> None:
+    """Refuse weights that another callback prunes as well."""
+    for other in others:
+        shared = [name for name in weights if name in other]
+        if shared:
+            remedy = "give them disjoint `include` or `exclude`"
+            raise ConfigurationError(f"{OWNER}: two callbacks prune {shared[0]!r}; {remedy}.")
+
+
+def refuse_training(training: SparseTraining, timeline: Timeline) -> None:
+    """Refuse to rewind to an epoch that comes after the first pruning."""
+    epoch = training.rewind_to
+    if epoch is not None and timeline.interval == "epoch" and timeline.level_at(epoch - 1):
+        expected = f"at or before epoch {timeline.begin}, when pruning starts"
+        raise ScheduleError.of("SparseTraining", "rewind_to", expected, epoch)
+
+
+def regrowth_steps(training: SparseTraining, steps: int | None) -> int:
+    """Give the length over which regrowth decays; refuse it in a training without end."""
+    if training.regrowth is not None and steps is None:
+        remedy = "set the Trainer's max_epochs or max_steps"
+        expected = "None in a training without end"
+        raise ScheduleError.of("SparseTraining", "regrowth", expected, training.regrowth, remedy)
+    return steps or 0
 
 
 def plain(callback: MagnitudePruning) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+_LOGGER = logging.getLogger(__name__)
 
 _NM = (
     "N:M zeros run faster on GPUs with sparse tensor cores and a runtime that uses them; elsewhere they only "
@@ -16,6 +19,23 @@ _MASKS = (
     "Zeros make the file smaller when it is compressed. Dense kernels run no faster for them: for speed, "
     "remove channels (StructuralPruning) or quantize."
 )
+
+
+def report_dead(names: Sequence[str], owner: str) -> None:
+    """Log which weights have just lost their last element: nothing passes through such a layer.
+
+    Args:
+        names: Their names.
+        owner: The callback.
+    """
+    for name in names:
+        _LOGGER.warning(
+            "%s: all of %r is zero now, and nothing passes through it. scope='layer', 'erk' or 'lamp' keeps "
+            "layers alive; so does pruning later, or exclude=[%r].",
+            owner,
+            name,
+            name,
+        )
 
 
 def worth(pattern: str | None) -> str:

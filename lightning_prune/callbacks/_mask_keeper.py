@@ -23,6 +23,7 @@ class MaskKeeper:
         self.weights: dict[str, Weight] = {}
         self.masks: dict[str, Tensor] = {}
         self.packed: dict[str, Tensor] = {}
+        self._dead: set[str] = set()
         self._handles: list[Any] = []
         self._stepped: dict[int, tuple[int, list[Tensor], list[Tensor]]] = {}
 
@@ -101,6 +102,14 @@ class MaskKeeper:
     def masked(self) -> dict[str, int]:
         """Count the elements of each weight that are masked."""
         return {name: sharding.count_zeros(mask) for name, mask in self.masks.items()}
+
+    def newly_dead(self) -> list[str]:
+        """List the weights that have lost their last element since this was last asked."""
+        sizes = self.sizes()
+        dead = {name for name, count in self.masked().items() if count == sizes[name]}
+        new = sorted(dead - self._dead)
+        self._dead |= dead
+        return new
 
     # ------------------------------------------------------------------ masks on weights
 

@@ -19,7 +19,7 @@ from lightning_prune.callbacks._magnitude_config import OWNER
 from lightning_prune.callbacks._magnitude_training import Dynamics
 from lightning_prune.callbacks._mask_keeper import MaskKeeper
 from lightning_prune.callbacks._watch_magnitude import Watch
-from lightning_prune.errors import ConfigurationError, ScheduleError, StrategyError
+from lightning_prune.errors import ConfigurationError, StrategyError
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import assign, select_weights
 from lightning_prune.sparsity import criteria, patterns, scopes, sharding
@@ -194,9 +194,13 @@ class MagnitudePruning(Callback):
         """Find weights made in `configure_model`, plan the schedule, and follow every optimizer."""
         self._module = weakref.ref(pl_module)
         self._select(pl_module)
-        self._refuse_overlap(trainer)
+        others = [c for c in trainer.callbacks if isinstance(c, MagnitudePruning) and c is not self]  # type: ignore[attr-defined]
+        _magnitude_config.refuse_overlap(self._keeper.weights, [c._keeper.weights for c in others])
         self._watch.refuse(self._keeper.weights, OWNER, self.criterion)
-        self._plan(trainer, pl_module)
+        self._timeline = _clock.plan(trainer, pl_module, self.schedule)
+        _magnitude_config.refuse_training(self.training, self._timeline)
+        steps = _clock.training_length(trainer, pl_module)[1]
+        self._dynamics.steps = _magnitude_config.regrowth_steps(self.training, steps)
         self._keeper.follow(trainer.optimizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,8 +270,11 @@ class MagnitudePruning(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what became of each weight, to those who see a progress bar."""
-        if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._keeper.masks:
-            _magnitude_table.show(self.pruning_summary())
+        if trainer.progress_bar_callback is not None and self._keeper.masks:
+            # Every rank takes part: weights may be sharded.
+            summary = self.pruning_summary()
+            if trainer.is_global_zero:
+                _magnitude_table.show(summary)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
@@ -293,30 +300,6 @@ class MagnitudePruning(Callback):
                     f"{OWNER}: {name!r} has no shape yet; run one batch through the lazy layers before fit."
                 )
         self._keeper.weights = weights
-
-    def _refuse_overlap(self, trainer: Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is self or not isinstance(other, MagnitudePruning):
-                continue
-            shared = [name for name in self._keeper.weights if name in other._keeper.weights]
-            if shared:
-                remedy = "give them disjoint `include` or `exclude`"
-                raise ConfigurationError(f"{OWNER}: two callbacks prune {shared[0]!r}; {remedy}.")
-
-    def _plan(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._timeline = _clock.plan(trainer, pl_module, self.schedule)
-        if self.training.regrowth is not None:
-            steps = _clock.training_length(trainer, pl_module)[1]
-            if steps is None:
-                remedy = "set the Trainer's max_epochs or max_steps"
-                raise ScheduleError.of(
-                    OWNER, "training", "None for a training without end", "regrowth", remedy
-                )
-            self._dynamics.steps = steps
-        rewind = self.training.rewind_to
-        if rewind is not None and self._timeline.interval == "epoch" and self._timeline.level_at(rewind - 1):
-            expected = f"at or before epoch {self._timeline.begin}, when pruning starts"
-            raise ScheduleError.of("SparseTraining", "rewind_to", expected, rewind)
 
     # ------------------------------------------------------------------ pruning
 
@@ -361,6 +344,9 @@ class MagnitudePruning(Callback):
         entry.update(level=self._level, target=self._target(), achieved=self._achieved())
         self._history.append(entry)
         self._log_due = True
+        dead = self._keeper.newly_dead()
+        if dead and trainer.is_global_zero:
+            _magnitude_table.report_dead(dead, OWNER)
 
     def _rule(self) -> tuple[Rule, Look]:
         weights = self._keeper.weights

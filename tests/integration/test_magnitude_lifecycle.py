@@ -430,6 +430,21 @@ def test_a_table_by_layer_closes_the_fit(tmp_path, capsys):
         assert f"all │ 960 │ {960 - zeros(net):,} │ {zeros(net) / 960:.1%}" in printed
 
 
+def test_a_layer_that_loses_its_last_weight_is_named_once(tmp_path, caplog):
+    net = Net()
+    with torch.no_grad():
+        net.head.weight.mul_(1e-6)
+    pruning = MagnitudePruning(0.5, schedule=Schedule("linear", 0, 2, "epoch", initial=0.5))
+    trainer(tmp_path, pruning).fit(net, data())
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_prune")]
+    assert len(said) == 1
+    assert "all of 'head.weight' is zero" in said[0]
+    assert "exclude=['head.weight']" in said[0]
+    caplog.clear()
+    trainer(tmp_path, MagnitudePruning(0.5, scope="layer", schedule=ONCE)).fit(Net(), data())
+    assert not [record for record in caplog.records if record.name.startswith("lightning_prune")]
+
+
 def test_nothing_is_printed_without_a_progress_bar(tmp_path, capsys):
     trainer(tmp_path, MagnitudePruning(0.5, schedule=ONCE)).fit(Net(), data())
     assert "zeros" not in capsys.readouterr().out
