@@ -7,6 +7,7 @@ so functional calls, attention and recurrent layers are counted, and layers that
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -120,6 +121,52 @@ def _count(
     ):
         torch.func.functional_call(module, state, args, kwargs)
     return {name: dict(ops) for name, ops in counter.get_flop_counts().items()}
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a module deeply; of one that was compiled, as the plain module.
+
+    Args:
+        module: Any module; nothing in it changes.
+        memo: As for `copy.deepcopy`.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> copied(layer).weight is layer.weight
+        False
+    """
+    twin = copy.deepcopy(module, memo if memo is not None else {})
+    for child in twin.modules():
+        # A method that was compiled on the instance is a closure over the original: the copy would run that.
+        for name in [n for n, value in vars(child).items() if hasattr(value, "_torchdynamo_orig_callable")]:
+            del child.__dict__[name]
+        child.__dict__.pop("_compiled_call_impl", None)
+    return twin
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """Copy a module without its numbers: every tensor is on the meta device, ties are kept.
+
+    Args:
+        module: Any module; nothing in it changes.
+
+    Returns:
+        The copy, which takes no memory for its tensors.
+
+    Example:
+        >>> skeleton(nn.Linear(4, 2)).weight.device
+        device(type='meta')
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        meta = parameter.detach().to("meta")
+        memo[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copied(module, memo)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from lightning_prune.selection import match_names
 from lightning_prune.structure import manifest
 from lightning_prune.structure.budget import Budget, Costs, check_search_arguments
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.importance import importance_named
+from lightning_prune.structure.importance import GRADIENT_IMPORTANCES, Evidence, importance_named
+from lightning_prune.structure.penalty import Penalty, penalties, press
 from lightning_prune.structure.plan import Dense, Example, Recipe, foresee, measure, plan, survey
 from lightning_prune.structure.surgery import Change, from_plain, plain
 
@@ -41,8 +42,9 @@ class StructuralPruning(Callback):
         budget: How much of the dense network may remain; None is `Budget(macs=0.5)`.
         schedule: When, and how fast. The level is absolute: at level `l` of the schedule
             `1 - l * (1 - budget)` may remain.
-        importance: Which channels go first: `"magnitude"` (L2 over every layer a channel touches), `"l1"`, or
-            `"random"`.
+        importance: Which channels go first: `"magnitude"` (L2 over every layer a channel touches), `"l1"`,
+            `"bn_scale"`, `"fpgm"`, `"lamp"`, `"random"`; or, from the gradients of all optimizer steps since
+            the last cut, `"taylor"` or `"hessian"`. See `lightning_prune.structure.importance`.
         scope: `"global"`: the least important channels anywhere; `"layer"`: every layer shrinks alike.
         round_to: Widths become multiples of this. `"auto"`: of 16, 8 or 4, the largest that leaves a layer a
             choice, because one channel more or less can make a layer several times slower.
@@ -51,6 +53,9 @@ class StructuralPruning(Callback):
         exclude: Globs of layers that keep theirs.
         example_input: What the network is traced with: a shape (`[1, 3, 32, 32]`) or tensors; by default the
             module's `example_input_array`, or what its own step passes to it for a real batch.
+        regularization: Weight in the loss of a penalty that presses on the channels that matter least, from
+            the start, growing until the last cut, and none after it: the group norm of DepGraph, or with
+            `importance="bn_scale"` the L1 norm of the scales. It costs one multiply-add a weight and step.
 
     Raises:
         ConfigurationError: An argument is wrong; what depends on the module, before training starts.
@@ -72,6 +77,7 @@ class StructuralPruning(Callback):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         example_input: Any = None,
+        regularization: float = 0.0,
     ) -> None:
         super().__init__()
         # Not a default argument: LightningCLI would merge it with the budget in a configuration file.
@@ -91,6 +97,7 @@ class StructuralPruning(Callback):
         self.include = [include] if isinstance(include, str) else list(include)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.example_input = example_input
+        self.regularization = _fraction_of_loss(regularization)
         self._reset()
 
     # ------------------------------------------------------------------ state
@@ -107,10 +114,20 @@ class StructuralPruning(Callback):
         self._timeline: Timeline | None = None
         self._module: weakref.ref[nn.Module] | None = None
         self._log_due = True
+        self._groups: list[Group] = []
+        self._evidence = Evidence()
+        self._penalties: list[Penalty] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
-        return {**self.__dict__, "_module": None, "_example": None, "_calls": None}
+        running: dict[str, Any] = {
+            "_module": None,
+            "_example": None,
+            "_calls": None,
+            "_groups": [],
+            "_penalties": [],
+        }
+        return {**self.__dict__, **running}
 
     @property
     def recipe(self) -> Recipe:
@@ -126,6 +143,7 @@ class StructuralPruning(Callback):
             "dense": None if dense is None else {"widths": dict(dense.widths), "costs": dict(dense.costs)},
             "widths": dict(self._widths),
             "skipped": dict(self._skipped),
+            "evidence": {"totals": dict(self._evidence.totals), "steps": self._evidence.steps},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,6 +154,7 @@ class StructuralPruning(Callback):
         self._dense = None if dense is None else Dense(dict(dense["widths"]), dict(dense["costs"]))
         self._widths = dict(state_dict["widths"])
         self._skipped = dict(state_dict["skipped"])
+        self._evidence = Evidence(**state_dict["evidence"])
 
     def pruning_summary(self) -> dict[str, Any]:
         """Say what was done so far, as plain data for the report.
@@ -161,7 +180,8 @@ class StructuralPruning(Callback):
     def _config(self) -> dict[str, Any]:
         recipe = {**asdict(self.recipe), "budget": {self.budget.kind: self.budget.fraction}}
         lists = {"include": list(self.include), "exclude": list(self.exclude)}
-        return {**recipe, "schedule": asdict(self.schedule), **lists}
+        others = {"schedule": asdict(self.schedule), "regularization": self.regularization}
+        return {**recipe, **others, **lists}
 
     # ------------------------------------------------------------------ hooks
 
@@ -180,6 +200,10 @@ class StructuralPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace the network, see whether the budget can be met, and show what it will come to."""
         self._timeline = _clock.plan(trainer, pl_module, self.schedule)
+        if self.importance in GRADIENT_IMPORTANCES and self._timeline.level_at(0) > self._level:
+            expected = "one that needs no gradients when the first cut is before the first step"
+            remedy = "begin the schedule later"
+            raise ConfigurationError.of(_OWNER, "importance", expected, self.importance, remedy)
         self._calls, self._example = _network.find(trainer, pl_module, self.example_input, _OWNER)
         network = _network.traced(pl_module, self._calls)
         groups = survey(network, self._example, self._choose)
@@ -207,6 +231,19 @@ class StructuralPruning(Callback):
             for name, value in self._now.items():
                 shown = name == self.budget.kind
                 pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=shown)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Learn from the gradients which channels matter, and press on those that do not."""
+        if self._timeline is None or self._level >= 1.0:
+            return
+        if self.importance in GRADIENT_IMPORTANCES and optimizer is trainer.optimizers[0]:
+            score = GRADIENT_IMPORTANCES[self.importance]
+            self._evidence.add({g.name: score(pl_module, g) for g in self._groups if not g.reason})
+        if self.regularization:
+            time = _clock.now(trainer, pl_module, self._timeline.interval)
+            strength = self.regularization * min(1.0, (time + 1) / (self._timeline.end + 1))
+            mine = [p for group in optimizer.param_groups for p in group["params"]]
+            press(self._penalties, strength, mine)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind on a module that is as it was."""
@@ -242,12 +279,14 @@ class StructuralPruning(Callback):
         """Plan on rank 0, and cut the same on all ranks."""
         change = self._plan(trainer, pl_module, level)
         self._level = level
+        self._evidence = Evidence()
         if change:
             emit(trainer, "on_before_pruning", pl_module)
             follow(trainer, pl_module, change)
         assert self._example is not None
         network = _network.traced(pl_module, self._calls)
-        self._take_stock(network, survey(network, self._example, self._choose))
+        proven = {group.name: group.reason for group in self._groups}
+        self._take_stock(network, survey(network, self._example, self._choose, proven))
         achieved, target = self._now[self.budget.kind], self.budget.fraction_at(level)
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         self._history.append({**when, "level": level, "target": target, "achieved": achieved})
@@ -260,8 +299,9 @@ class StructuralPruning(Callback):
         if trainer.is_global_zero:
             network = _network.traced(pl_module, self._calls)
             try:
-                groups = survey(network, self._example, self._choose)
-                message = plain(plan(network, groups, self.recipe, self._dense, level, self._example))
+                scores = self._evidence.scores()
+                change = plan(network, self._groups, self.recipe, self._dense, level, self._example, scores)
+                message = plain(change)
             except LightningPruneError as error:
                 if trainer.world_size == 1:
                     raise
@@ -280,3 +320,11 @@ class StructuralPruning(Callback):
             self._now[kind] = cost / max(1.0, self._dense.costs[kind])
         self._widths = {group.name: group.channels for group in groups}
         self._skipped = {group.name: group.reason for group in groups if group.reason}
+        self._groups = list(groups)
+        self._penalties = penalties(network, groups, self.importance) if self.regularization else []
+
+
+def _fraction_of_loss(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ConfigurationError.of(_OWNER, "regularization", "a number from 0", value, "write 1e-4")
+    return float(value)

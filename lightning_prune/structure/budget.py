@@ -7,7 +7,6 @@ to be needed: of what is left, no step can be undone without going over the budg
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import ceil, lcm
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from lightning_prune.cost import count_macs, macs_by_module
+from lightning_prune.cost import copied, count_macs, macs_by_module, skeleton
 from lightning_prune.errors import BudgetError, ConfigurationError
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.surgery import Change, apply, change_for, get_tensor
@@ -326,9 +326,18 @@ class Costs:
 
     def measured(self, change: Change) -> float:
         """Count the MACs of a copy that was really cut."""
-        smaller = copy.deepcopy(self.module)
-        apply(smaller, change)
-        return float(count_macs(smaller, self.args, self.kwargs))
+        try:
+            smaller = skeleton(self.module)
+            apply(smaller, change)
+            return float(count_macs(smaller, *tree_map_only(Tensor, _to_meta, (self.args, self.kwargs))))
+        except Exception:  # noqa: BLE001 - user code may refuse meta tensors in any way; the real run decides
+            smaller = copied(self.module)
+            apply(smaller, change)
+            return float(count_macs(smaller, self.args, self.kwargs))
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
 
 
 def _numel(tensor: Tensor, name: str, change: Change) -> int:

@@ -12,7 +12,7 @@ from lightning_prune.errors import BudgetError, ConfigurationError, TracingError
 from lightning_prune.structure.budget import Budget, Costs, give_back, kept_after, order, search
 from lightning_prune.structure.graph import trace
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.importance import importance_named
+from lightning_prune.structure.importance import IMPORTANCES, magnitude
 from lightning_prune.structure.surgery import Change, change_for
 from lightning_prune.structure.verify import TOLERANCE, error_of, prove
 
@@ -83,6 +83,7 @@ def survey(
     module: nn.Module,
     example: Example,
     choose: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
+    proven: Mapping[str, str] | None = None,
 ) -> list[Group]:
     """Find the channel groups, prove each on a copy, and leave alone what the user did not choose.
 
@@ -90,6 +91,7 @@ def survey(
         module: The network.
         example: Its inputs.
         choose: Picks the layers that may lose channels from the names of all that make channels.
+        proven: `{group: reason}` of an earlier survey of this network, larger then; it is not proven again.
 
     Returns:
         The groups; protected ones have their reason.
@@ -110,6 +112,8 @@ def survey(
         replace(g, reason=f"{left[g.name][0]} is not selected") if left[g.name] and not g.reason else g
         for g in groups
     ]
+    if proven is not None:
+        return [g if g.reason else replace(g, reason=proven.get(g.name, "")) for g in groups]
     return prove(module, groups, example.args, example.kwargs)
 
 
@@ -149,7 +153,13 @@ def foresee(
 
 
 def plan(
-    module: nn.Module, groups: Sequence[Group], recipe: Recipe, dense: Dense, level: float, example: Example
+    module: nn.Module,
+    groups: Sequence[Group],
+    recipe: Recipe,
+    dense: Dense,
+    level: float,
+    example: Example,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> Change:
     """Choose what goes so that the network meets its budget at a level of the schedule.
 
@@ -162,6 +172,8 @@ def plan(
         dense: What ratios are relative to.
         level: How far the schedule is, 0 to 1.
         example: Inputs.
+        scores: `{group: importance of each channel}` where it was gathered in training; the others' come
+            from the weights.
 
     Returns:
         The change to apply; empty if the network meets the budget as it is.
@@ -175,7 +187,7 @@ def plan(
     costs = Costs(module, groups, kind, *example.single)
     if costs({}) <= allowed:
         return Change()
-    steps = _steps(module, groups, recipe, dense)
+    steps = _steps(module, groups, recipe, dense, scores or {})
     count, reached = search(steps, costs, allowed)
     if kind == "macs" and costs.exact:
         count, reached = _confirm(costs, module, groups, steps, count, allowed)
@@ -208,9 +220,18 @@ def _confirm(
         count += 1
 
 
-def _steps(module: nn.Module, groups: Sequence[Group], recipe: Recipe, dense: Dense) -> list[Any]:
-    score = importance_named(recipe.importance)
-    scores: dict[str, Tensor] = {g.name: score(module, g) for g in groups if not g.reason}
+def _steps(
+    module: nn.Module,
+    groups: Sequence[Group],
+    recipe: Recipe,
+    dense: Dense,
+    gathered: Mapping[str, Tensor] | None = None,
+) -> list[Any]:
+    # Before training there are no gradients; what they will say is foreseen by the weights' size.
+    score = IMPORTANCES.get(recipe.importance, magnitude)
+    known = gathered or {}
+    free = [g for g in groups if not g.reason]
+    scores = {g.name: known[g.name] if g.name in known else score(module, g) for g in free}
     return order(
         groups, scores, dense.widths, scope=recipe.scope, round_to=recipe.round_to, max_ratio=recipe.max_ratio
     )

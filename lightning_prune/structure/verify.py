@@ -7,9 +7,8 @@ removed must compute what the network computes with those weights set to zero.
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.cost import eager
+from lightning_prune.cost import copied, eager, skeleton
 from lightning_prune.structure.graph import leaves_of
 from lightning_prune.structure.groups import Group, Member
 from lightning_prune.structure.layers import attributes_of, channel_dim, is_masked_norm
@@ -56,25 +55,39 @@ def prove(
         return groups
     with _repeatable():
         trial = Trial(module, args, dict(kwargs or {}))
-        failed = _failures(trial, groups, free)
+        # Whether it runs is seen without computing anything, so that comes first.
+        broken = _failures(
+            lambda suspects: all(trial.runs(groups, _halves(suspects, turn)) for turn in range(3)), free
+        )
+        left = [group for group in free if group.name not in broken]
+        failed = broken | _failures(
+            lambda suspects: trial.error(groups, _halves(suspects)) <= TOLERANCE, left
+        )
     reason = "its removal changes what the network computes; something other than a layer uses its channels"
     return [replace(group, reason=reason) if group.name in failed else group for group in groups]
 
 
-def _failures(trial: Trial, groups: list[Group], suspects: list[Group]) -> set[str]:
-    if trial.error(groups, _halves(suspects)) <= TOLERANCE:
+def _failures(passes: Callable[[list[Group]], bool], suspects: list[Group]) -> set[str]:
+    """Find the groups that do not pass, by halving."""
+    if not suspects or passes(suspects):
         return set()
     if len(suspects) == 1:
         return {suspects[0].name}
     middle = len(suspects) // 2
-    left = _failures(trial, groups, suspects[:middle])
-    right = _failures(trial, groups, suspects[middle:])
-    if not left and not right:  # each may go, but not both as they please
-        return {group.name for group in suspects}
-    return left | right
+    failed = _failures(passes, suspects[:middle]) | _failures(passes, suspects[middle:])
+    left = [group for group in suspects if group.name not in failed]
+    if failed and passes(left):
+        return failed
+    kept: list[Group] = []  # each may go, but not all as they please: the earlier ones may
+    for group in left:
+        if passes([*kept, group]):
+            kept.append(group)
+        else:
+            failed.add(group.name)
+    return failed
 
 
-def _halves(groups: Iterable[Group]) -> dict[str, Tensor]:
+def _halves(groups: Iterable[Group], turn: int = 0) -> dict[str, Tensor]:
     """Keep a part of each group that is neither its first channels nor every second one.
 
     The parts differ in size, so that groups which must shrink alike are found out.
@@ -85,7 +98,7 @@ def _halves(groups: Iterable[Group]) -> dict[str, Tensor]:
         for block in range(group.blocks):
             here = (group.block == block).nonzero().flatten()
             order = torch.randperm(len(here), generator=torch.Generator().manual_seed(len(here)))
-            atoms.append(here[order[: max(1, int(len(here) * (0.5, 0.7, 0.34)[place % 3]))]])
+            atoms.append(here[order[: max(1, int(len(here) * (0.5, 0.7, 0.34)[(place + turn) % 3]))]])
         kept[group.name] = group.channels_of(torch.cat(atoms))
     return kept
 
@@ -107,7 +120,7 @@ def error_of(
         kwargs: Keyword example inputs.
 
     Returns:
-        The largest difference of any output relative to its largest value, in float64 where the network can;
+        The largest difference of any output relative to its largest value, in float64 if in doubt;
         infinite where the cut network does not run.
     """
     with _repeatable():
@@ -132,15 +145,44 @@ class Trial:
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._source = (module, args, kwargs)
+        self._prepare(None)
+        self._skeleton: nn.Module | None = skeleton(self.reference)
         try:
-            self._prepare(module, args, kwargs, torch.float64)
-        except Exception:  # noqa: BLE001 - a network may insist on its own dtype; then that one decides
-            self._prepare(module, args, kwargs, None)
+            inputs = self._on_meta()
+            with running(self._skeleton, training=False):
+                self._skeleton(*inputs[0], **inputs[1])
+            self.modes = modes(self._skeleton, *inputs)
+        except Exception:  # noqa: BLE001 - user code may refuse meta tensors in any way; only real runs tell then
+            self._skeleton = None
+            self.modes = modes(self.reference, self.args, self.kwargs)
 
-    def _prepare(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
-    ) -> None:
-        self.reference = copy.deepcopy(module)
+    def _on_meta(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
+        return args, kwargs
+
+    def _run_on_meta(self, network: nn.Module) -> None:
+        args, kwargs = self._on_meta()
+        for training in self.modes:
+            with running(network, training):
+                network(*args, **kwargs)
+
+    def runs(self, groups: list[Group], kept: Mapping[str, Tensor]) -> bool:
+        """Tell whether a cut network runs at all, as far as that can be told without computing."""
+        if self._skeleton is None:
+            return True
+        try:
+            network = copied(self._skeleton)
+            apply(network, change_for(network, groups, kept))
+            self._run_on_meta(network)
+        except Exception:  # noqa: BLE001 - that is what is asked
+            return False
+        return True
+
+    def _prepare(self, dtype: torch.dtype | None) -> None:
+        module, args, kwargs = self._source
+        self.dtype = dtype
+        self.reference = copied(module)
         for parameter in self.reference.parameters():
             # A zero, such as the scale a residual branch starts with, would hide whatever is behind it.
             if parameter.is_floating_point():
@@ -157,11 +199,20 @@ class Trial:
 
         self.args, self.kwargs = tree_map_only(Tensor, prepare, (args, kwargs))
         _wake(self.reference, self.args, self.kwargs)
-        self.modes = modes(self.reference, self.args, self.kwargs)
 
     def error(self, groups: list[Group], kept: Mapping[str, Tensor]) -> float:
-        """Measure a cut, see `error_of`."""
-        cut, masked = copy.deepcopy(self.reference), copy.deepcopy(self.reference)
+        """Measure a cut, see `error_of`; in float64 if the network's own precision leaves doubt."""
+        error = self._error(groups, kept)
+        if TOLERANCE < error < float("inf") and self.dtype is None:
+            try:
+                self._prepare(torch.float64)
+            except Exception:  # noqa: BLE001 - a network may insist on its own dtype; then that one decides
+                self._prepare(None)
+            error = self._error(groups, kept)
+        return error
+
+    def _error(self, groups: list[Group], kept: Mapping[str, Tensor]) -> float:
+        cut, masked = copied(self.reference), copied(self.reference)
         worst = 0.0
         try:
             apply(cut, change_for(cut, groups, kept))
@@ -189,6 +240,8 @@ def _wake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     handles = [n.register_forward_pre_hook(calibrate) for n in norms if n.running_mean is not None]
+    if not handles:
+        return
     try:
         with running(module, training=False):
             module(*args, **kwargs)
