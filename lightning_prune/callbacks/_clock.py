@@ -60,8 +60,8 @@ def training_length(trainer: Trainer, pl_module: LightningModule) -> tuple[int |
         The number of epochs and of steps; None where it cannot be known (an iterable dataset without a
         length, training without end).
     """
-    # Asking for this loads the training data, which makes `num_training_batches` known.
-    trainer.estimated_stepping_batches  # noqa: B018
+    # Loads the training data if that was not done before, which makes `num_training_batches` known.
+    trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
     max_epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
     max_steps = trainer.max_steps if trainer.max_steps != -1 else None

@@ -276,7 +276,7 @@ import torch
 torch.set_num_threads(1)
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch.distributed._composable.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard
 from magnitude_cases import Net, data, selected, trainer
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.schedules import Schedule
