@@ -121,6 +121,28 @@ def test_the_averaged_model_is_as_sparse(tmp_path, average, first):
     assert zeros(saved) == 768
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["average-first", "pruning-first"])
+def test_resume_with_an_averaged_model_gives_the_same_weights(tmp_path, first):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    def run(folder, seed, *others, ckpt_path=None):
+        pair = [EMAWeightAveraging(decay=0.9), MagnitudePruning(0.8, schedule=LINEAR)]
+        keep = ModelCheckpoint(tmp_path / folder, save_last=True)
+        callbacks = pair if first else pair[::-1]
+        net = Net("adamw", seed)
+        fit = trainer(tmp_path, *callbacks, keep, *others, enable_checkpointing=True)
+        fit.fit(net, data(), ckpt_path=ckpt_path)
+        return net
+
+    whole = run("whole", 0)
+    run("half", 0, Stop())
+    resumed = run("half", 3, ckpt_path=tmp_path / "half" / "last.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert zeros(resumed) == 768
+
+
 def test_an_average_that_starts_after_pruning_did(tmp_path):
     net, watch = Net(), Averages()
     average = EMAWeightAveraging(decay=0.9, update_starting_at_epoch=2, update_every_n_steps=1)
