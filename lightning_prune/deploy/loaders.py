@@ -81,20 +81,29 @@ def _map(nest: Any, function: Any) -> Any:
 
 @contextmanager
 def _fixed_generators(*loaders: Any) -> Iterator[None]:
-    """Seed the generators that loaders and samplers own, and put their states back on leaving."""
+    """Seed the generators that loaders and samplers own, and put them and their epochs back on leaving."""
     found = {}
+    epochs: dict[int, tuple[Any, int]] = {}
+    part: Any
     for loader in loaders:
         for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
             generator = getattr(part, "generator", None)
             if isinstance(generator, torch.Generator):
                 found[id(generator)] = (generator, generator.get_state())
+            # Lightning tells samplers the epoch, and many shuffle by it.
+            if isinstance(getattr(part, "epoch", None), int) and callable(getattr(part, "set_epoch", None)):
+                epochs[id(part)] = (part, part.epoch)
     try:
         for generator, _ in found.values():
             generator.manual_seed(SEED)
+        for part, _ in epochs.values():
+            part.set_epoch(0)
         yield
     finally:
         for generator, state in found.values():
             generator.set_state(state)
+        for part, epoch in epochs.values():
+            part.set_epoch(epoch)
 
 
 def whole(loaders: Any) -> Any:

@@ -26,6 +26,7 @@ LAYERS = {
     "exporting": 4,
     "loading": 4,
     "callbacks": 5,
+    "_bundle_commands": 6,
     "_commands": 6,
     "cli": 7,
     "__main__": 8,
