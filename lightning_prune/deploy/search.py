@@ -177,14 +177,14 @@ def within_drop(
     while count <= len(ranked) and not attempt_with(count):
         if count == len(ranked):
             raise QuantizationError(
-                f"max_drop: even with every layer in float the loss is {table[-1]['lost']}, and "
-                f"{dict(max_drop)} is allowed; what is left is the rounding of activations. "
+                f"max_drop: even with every layer in float the loss is {_shown(table[-1]['lost'])}, and "
+                f"{_shown(max_drop)} is allowed; what is left is the rounding of activations. "
                 "Allow more, or calibrate otherwise."
             )
         below, count = count, min(2 * count, len(ranked))
     if count > len(ranked):
         raise QuantizationError(
-            f"max_drop: the loss is {table[-1]['lost']}, and there is no layer to keep in float."
+            f"max_drop: the loss is {_shown(table[-1]['lost'])}, and there is no layer to keep in float."
         )
     above = count
     while above - below > 1:
@@ -197,3 +197,7 @@ def within_drop(
     if table[-1]["kept"] != [item.layer for item in ranked[:above]]:
         return attempt(tuple(item.node for item in ranked[:above])), table
     return attempts[above][0], table
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
