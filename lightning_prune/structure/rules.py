@@ -198,6 +198,20 @@ def along(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         f.give(tensor, known.factors if tensor.shape == x.shape else [], known.source)
 
 
+def gated(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`glu`: the second half of a dimension gates the first."""
+    x, known = args[0], f.of(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % x.dim()
+    factors = []
+    for factor in known.factors:
+        if dim in varying(factor):
+            first, second = factor.chunk(2, dim)
+            f.unite(first, second)
+            factor = first
+        factors.append(factor)
+    f.give(out, factors, known.source)
+
+
 def _dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> list[int]:
     value = kwargs.get("dim")
     for place, argument in enumerate(func._schema.arguments):
@@ -482,6 +496,7 @@ RULES = _table(
     (("cat", "concat"), concatenate),
     (("stack",), stack),
     (("as_strided",), restride),
+    (("glu",), gated),
     (("mm", "bmm", "mv", "dot"), mm),
     (("addmm", "baddbmm"), addmm),
     (("convolution", "_convolution"), convolution),

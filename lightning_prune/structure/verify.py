@@ -67,6 +67,34 @@ def prove(
     return [replace(group, reason=reason) if group.name in failed else group for group in groups]
 
 
+def failing(
+    module: nn.Module,
+    groups: list[Group],
+    kept: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> set[str]:
+    """Find the groups because of which a cut would change more than it should.
+
+    Args:
+        module: The network; nothing in it changes.
+        groups: Its channel groups.
+        kept: The cut: `{group name: kept channels}`.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+
+    Returns:
+        Their names; empty if the cut is right.
+    """
+    with _repeatable():
+        trial = Trial(module, args, dict(kwargs or {}))
+
+        def passes(suspects: list[Group]) -> bool:
+            return trial.error(groups, {g.name: kept[g.name] for g in suspects}) <= TOLERANCE
+
+        return _failures(passes, [group for group in groups if group.name in kept])
+
+
 def _failures(passes: Callable[[list[Group]], bool], suspects: list[Group]) -> set[str]:
     """Find the groups that do not pass, by halving."""
     if not suspects or passes(suspects):
@@ -101,30 +129,6 @@ def _halves(groups: Iterable[Group], turn: int = 0) -> dict[str, Tensor]:
             atoms.append(here[order[: max(1, int(len(here) * (0.5, 0.7, 0.34)[(place + turn) % 3]))]])
         kept[group.name] = group.channels_of(torch.cat(atoms))
     return kept
-
-
-def error_of(
-    module: nn.Module,
-    groups: Iterable[Group],
-    kept: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
-) -> float:
-    """Measure how far a cut network is from the one with the removed channels' consumers set to zero.
-
-    Args:
-        module: The network; nothing in it changes.
-        groups: Its channel groups.
-        kept: `{group name: kept channels}`.
-        args: Positional example inputs.
-        kwargs: Keyword example inputs.
-
-    Returns:
-        The largest difference of any output relative to its largest value, in float64 if in doubt;
-        infinite where the cut network does not run.
-    """
-    with _repeatable():
-        return Trial(module, args, dict(kwargs or {})).error(list(groups), kept)
 
 
 @contextlib.contextmanager
@@ -201,7 +205,16 @@ class Trial:
         _wake(self.reference, self.args, self.kwargs)
 
     def error(self, groups: list[Group], kept: Mapping[str, Tensor]) -> float:
-        """Measure a cut, see `error_of`; in float64 if the network's own precision leaves doubt."""
+        """Measure how far a cut network is from the one whose consumers of the removed channels are zero.
+
+        Args:
+            groups: The network's channel groups.
+            kept: `{group name: kept channels}`.
+
+        Returns:
+            The largest difference of any output relative to its largest value, in float64 if the network's
+            own precision leaves doubt; infinite where the cut network does not run.
+        """
         error = self._error(groups, kept)
         if TOLERANCE < error < float("inf") and self.dtype is None:
             try:

@@ -25,7 +25,7 @@ def gone(change: Change, name: str, dim: int, width: int) -> Tensor | None:
 
 def masked(dense: nn.Module, change: Change) -> nn.Module:
     """Copy a network, zero the weights that read removed channels, and keep those out of norms."""
-    net = copy.deepcopy(dense)
+    net = copy.deepcopy(dense).eval()  # in training mode, reading a spectrally normed weight changes it
     with torch.no_grad():
         for name, layer in net.named_modules():
             prefix = f"{name}." if name else ""

@@ -418,6 +418,101 @@ class Volume(nn.Sequential):
         )  # fmt: skip
 
 
+class Gated(Pooled):
+    """GLU: half of the channels gate the other half, by the operator and by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.a, self.b, self.c = conv_bn(3, 32), nn.Conv2d(16, 32, 3), nn.Conv2d(16, 16, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        left, right = self.b(F.glu(self.a(x), dim=1)).chunk(2, 1)
+        return F.relu(self.c(left * torch.sigmoid(right)))
+
+
+class Functional(Pooled):
+    """A convolution whose weight is the network's own parameter, and a norm without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.kernel, self.shift = nn.Parameter(torch.randn(16, 3, 3, 3)), nn.Parameter(torch.randn(16))
+        self.norm, self.c = nn.InstanceNorm2d(16), nn.Conv2d(16, 8, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.c(self.norm(F.conv2d(x, self.kernel, self.shift))))
+
+
+class Focus(nn.Module):
+    """YOLO's slicing, pyramid pooling and upsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(12, 16, 3, padding=1), nn.Conv2d(64, 16, 1)
+        self.c, self.out = nn.Conv2d(32, 16, 1), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x[..., i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        x = F.silu(self.a(torch.cat(parts, 1)))
+        y = self.b(torch.cat([x] + [F.max_pool2d(x, k, 1, k // 2) for k in (3, 5, 7)], 1))
+        wide = F.interpolate(x, scale_factor=2, mode="bilinear")
+        return self.out(self.c(torch.cat([F.interpolate(y, scale_factor=2), wide], 1)))
+
+
+class NonLocal(Pooled):
+    """Self-attention over positions, whose inner product mixes the channels of q and k."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.a, self.q, self.k = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
+        self.v, self.gamma = nn.Conv2d(16, 16, 1), nn.Parameter(torch.zeros(1))
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        b, _, h, w = x.shape
+        q, k, v = (layer(x).view(b, -1, h * w) for layer in (self.q, self.k, self.v))
+        weights = torch.softmax(q.transpose(1, 2) @ k, -1)
+        return self.gamma * (v @ weights.transpose(1, 2)).view(b, -1, h, w) + x
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(4, 16, 3, dilation=2), nn.Conv1d(16, 16, 3, groups=16)
+        self.c, self.head = nn.Conv1d(16, 16, 1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.leaky_relu(self.c(F.elu(self.b(self.a(F.pad(x, (4, 0))))))).amax(-1))
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer: linear layers over positions and over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm1, self.norm2 = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.LayerNorm(16)
+        self.t1, self.t2 = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.c1, self.c2, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = x + self.t2(F.gelu(self.t1(self.norm1(x).transpose(1, 2)))).transpose(1, 2)
+        x = x + self.c2(F.gelu(self.c1(self.norm2(x))))
+        return self.head(x.mean(1))
+
+
+class Normed(Pooled):
+    """Weight norm and spectral norm: weights that are computed from other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        wrap = nn.utils.parametrizations
+        self.a, self.b = wrap.weight_norm(nn.Conv2d(3, 16, 3)), wrap.spectral_norm(nn.Conv2d(16, 16, 3))
+        self.c = nn.Conv2d(16, 16, 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))
+
+
 def image(channels: int = 3, size: int = 8) -> Callable[[], Tensor]:
     return lambda: torch.randn(2, channels, size, size)
 
@@ -472,4 +567,11 @@ CASES: dict[str, Case] = {
     ),
     "mlp": Case(Plain, lambda: torch.randn(2, 12), ("0", "4")),
     "conv3d": Case(Volume, lambda: torch.randn(2, 2, 4, 4, 4), ("0",)),
+    "gated": Case(Gated, image(), ("a.0", "b", "c")),
+    "functional": Case(Functional, image(), ("kernel", "c")),
+    "focus": Case(Focus, image(size=16), ("a", "b", "c")),
+    "non-local": Case(NonLocal, image(), ("a",)),
+    "causal": Case(Causal, lambda: torch.randn(2, 4, 20), ("a", "c")),
+    "mixer": Case(Mixer, image(), ("embed", "t1", "c1")),
+    "computed weights": Case(Normed, image(), ("c",)),
 }
