@@ -28,6 +28,19 @@ class Member:
     position: Tensor
     reads: bool = False
 
+    @property
+    def module(self) -> str:
+        """The layer's qualified name; for a parameter of the network itself, the parameter's.
+
+        Example:
+            >>> none = torch.arange(0)
+            >>> [Member(name, 0, none, none).module for name in ("stem.0.weight", "norm#", "scale")]
+            ['stem.0', 'norm', 'scale']
+        """
+        if self.tensor.endswith("#"):
+            return self.tensor[:-1]
+        return self.tensor.rpartition(".")[0] or self.tensor
+
 
 @dataclass(frozen=True)
 class Group:

@@ -36,7 +36,8 @@ dense = sum(p.numel() for p in Net().parameters())
 TRAINER = """
 import lightning_prune
 schedule = lightning_prune.Schedule("one_shot", 1, unit="epoch")
-callback = lightning_prune.StructuralPruning(lightning_prune.Budget(params=0.5), schedule=schedule, round_to=1)
+budget = lightning_prune.Budget(params=0.5)
+callback = lightning_prune.StructuralPruning(budget, schedule=schedule, round_to=1)
 net = Net()
 L.Trainer(max_epochs=2, accelerator="cpu", logger=False, default_root_dir=sys.argv[1],
           enable_progress_bar=False, enable_model_summary=False, callbacks={callbacks}).fit(net)
@@ -99,7 +100,7 @@ IMPORTS = {
 
 @pytest.mark.parametrize(
     ("imports", "single"),
-    zip(IMPORTS.values(), (True, True, False, True), strict=True),
+    list(zip(IMPORTS.values(), (True, True, False, True), strict=True)),
     ids=IMPORTS,
 )
 def test_trainer_takes_the_callback(tmp_path, imports, single):
