@@ -1,0 +1,1 @@
+"""From a trained module to a measured file: ONNX, quantization, evaluation, profile."""
