@@ -148,6 +148,7 @@ def with_batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Repeat an example of batch 1, which an exporter would take for a constant, and cut a large one short.
 
     Example:
+        >>> import torch
         >>> with_batch_of_two((torch.ones(1, 3),), {})[0][0].shape
         torch.Size([2, 3])
     """
