@@ -2,26 +2,32 @@
 
 from importlib.metadata import version as _version
 
+from lightning_prune.callbacks.after_pruning import AfterPruning
 from lightning_prune.callbacks.edge_export import EdgeExport
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
+from lightning_prune.deploy.onnx import Onnx
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.deploy.quantize import Quantize
 from lightning_prune.exporting import export
 from lightning_prune.loading import PrunedLoading, load_pruned
 from lightning_prune.schedules import Schedule
+from lightning_prune.sparsity.training import SparseTraining
 from lightning_prune.structure.budget import Budget
 
 __version__ = _version("lightning-prune")
 
 __all__ = [
+    "AfterPruning",
     "Budget",
     "EdgeExport",
     "MagnitudePruning",
+    "Onnx",
     "Profile",
     "PrunedLoading",
     "Quantize",
     "Schedule",
+    "SparseTraining",
     "StructuralPruning",
     "__version__",
     "export",

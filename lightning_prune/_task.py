@@ -16,7 +16,7 @@ from lightning_prune.deploy.files import compressed_size
 from lightning_prune.deploy.onnx import Exported, Onnx
 from lightning_prune.deploy.profile import Profile, ProfileResult
 from lightning_prune.deploy.quantize import Quantize, Quantized
-from lightning_prune.deploy.weights import count_weights
+from lightning_prune.deploy.weights import count_weights, least_file_bytes
 from lightning_prune.report.results import Interval, Latency, Report, Variant
 
 
@@ -142,6 +142,7 @@ def _variant(name: str, item: Made, profile: ProfileResult | None, reason: str, 
         file=path.name,
         bytes=path.stat().st_size,
         compressed_bytes=compressed_size(path),
+        least_bytes=least_file_bytes(path),
         parameters=parameters,
         nonzero=nonzero,
         macs=item.macs,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
+
+from lightning_prune.entropy import least_bytes
 
 SUFFIX = "_quantized"
 """What ONNX Runtime's quantizer appends to the name of a weight."""
@@ -75,6 +78,21 @@ def weights(path: str | Path) -> Iterator[Weight]:
         elif array.dtype.kind != "f":
             continue
         yield Weight(name, int(array.size), np.equal(array, point), str(array.dtype))
+
+
+def least_file_bytes(path: str | Path) -> int:
+    """Give the bytes that no code of a file's weights can stay below, at their sparsity and precision.
+
+    Args:
+        path: An ONNX file, in float or quantized.
+
+    Returns:
+        The sum of `entropy.least_bytes` over its weights, in bytes.
+    """
+    import numpy as np
+
+    found = [(w.size, w.size - int(w.zero.sum()), 8 * np.dtype(w.kind).itemsize) for w in weights(path)]
+    return ceil(sum(least_bytes([(size, nonzero)], bits) for size, nonzero, bits in found))
 
 
 def count_weights(path: str | Path) -> tuple[int, int]:

@@ -63,6 +63,7 @@ def _latency(name: str) -> Get:
 _SIZES = (
     Measure("bytes", "File size", lambda v: v.bytes, text.size, "smaller", "larger"),
     Measure("compressed_bytes", "Gzipped file", lambda v: v.compressed_bytes, text.size, "smaller", "larger"),
+    Measure("least_bytes", "Entropy bound", lambda v: v.least_bytes, text.size, "smaller", "larger"),
     Measure("parameters", "Parameters", lambda v: v.parameters, text.count, "fewer", "more"),
     Measure("nonzero", "Non-zeros", lambda v: v.nonzero, text.count, "fewer", "more"),
     Measure("macs", "MACs", lambda v: v.macs, text.count, "fewer", "more"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_prune.deploy.files import compressed_size
 from lightning_prune.deploy.onnx_cost import count_file_macs
 from lightning_prune.deploy.profile import Profile, profile_files
-from lightning_prune.deploy.weights import count_weights
+from lightning_prune.deploy.weights import count_weights, least_file_bytes
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.report.protocol import with_column, with_profile
 from lightning_prune.report.results import Report, Variant
@@ -67,9 +67,10 @@ def describe_file(name: str, path: Path, config: Profile) -> Variant:
     cost = count_file_macs(path, 1, config.dims)
     if cost.reason:
         missing["macs"] = cost.reason
-    parameters = nonzero = None
+    parameters = nonzero = least = None
     try:
         parameters, nonzero = count_weights(path)
+        least = least_file_bytes(path)
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise their own for a file that is no model
         missing["parameters"] = missing["nonzero"] = f"{type(error).__name__}: {error}"
     return Variant(
@@ -77,6 +78,7 @@ def describe_file(name: str, path: Path, config: Profile) -> Variant:
         file=path.name,
         bytes=path.stat().st_size,
         compressed_bytes=compressed_size(path),
+        least_bytes=least,
         parameters=parameters,
         nonzero=nonzero,
         macs=cost.macs,

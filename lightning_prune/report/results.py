@@ -99,6 +99,7 @@ class Variant:
         file: Name of the file, relative to the report.
         bytes: Its size.
         compressed_bytes: Its size after gzip.
+        least_bytes: What no code of its weights can stay below, at their sparsity and precision.
         parameters: Elements of its weights.
         nonzero: How many of them are not zero.
         macs: Multiply-accumulates of one input (batch 1).
@@ -129,6 +130,7 @@ class Variant:
     quantization: Mapping[str, Any] | None = None
     classes: Mapping[str, Any] | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    least_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Turn the free-form fields into plain JSON data; a metric that is not a number has a reason."""

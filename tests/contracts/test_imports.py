@@ -17,6 +17,7 @@ LAYERS = {
     "schedules": 1,
     "selection": 1,
     "cost": 1,
+    "entropy": 1,
     "sparsity": 2,
     "structure": 2,
     "deploy": 2,
@@ -80,8 +81,6 @@ def test_only_the_namespace_module_names_lightning(path, layer):
 def test_sparsity_and_structure_know_no_lightning(path, layer):
     if layer in ("sparsity", "structure", "schedules", "cost", "selection"):
         assert "lightning_prune._lightning" not in set(imports_of(path))
-
-
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 import lightning_prune
 
 EXPECTED = {
+    "AfterPruning",
     "Budget",
     "EdgeExport",
     "MagnitudePruning",
+    "Onnx",
     "Profile",
     "PrunedLoading",
     "Quantize",
     "Schedule",
+    "SparseTraining",
     "StructuralPruning",
     "__version__",
     "export",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_prune.sparsity.size import least_bytes
+from lightning_prune.entropy import least_bytes
 
 
 @given(st.integers(0, 300), st.data(), st.sampled_from([8, 16, 32]))
