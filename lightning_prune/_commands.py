@@ -23,7 +23,7 @@ from lightning_prune.exporting import export
 from lightning_prune.report.compare import compare_files, print_comparison
 from lightning_prune.report.profiled import profile_report
 from lightning_prune.report.table import print_table
-from lightning_prune.selection import match_names, select_weights
+from lightning_prune.selection import assign, match_names, select_weights
 from lightning_prune.structure.budget import widths
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.plan import Dense, foresee, measure, survey
@@ -131,12 +131,16 @@ def _show_groups(
 
 def _inspect_weights(model: Any, callback: MagnitudePruning, console: Console) -> None:
     weights = select_weights(model, callback.include, callback.exclude, "inspect")
+    levels = callback.sparsity if isinstance(callback.sparsity, dict) else {"*": callback.sparsity}
+    sparsity = assign(weights, levels, "inspect")
     table = Table(title="Weights that MagnitudePruning selects", title_justify="left")
-    for name in ("weight", "shape", "parameters"):
+    own = isinstance(callback.sparsity, dict) or callback.scope == "layer"
+    for name in ("weight", "shape", "parameters", *(["zeros at the end"] if own else [])):
         table.add_column(name, justify="left" if name == "weight" else "right")
-    for name, weight in weights.items():
-        shape = " x ".join(map(str, weight.parameter.shape))
-        table.add_row(name, shape, f"{weight.parameter.numel():,}")
+    for name, level in sparsity.items():
+        parameter = weights[name].parameter
+        shape = " x ".join(map(str, parameter.shape))
+        table.add_row(name, shape, f"{parameter.numel():,}", *([f"{level:.0%}"] if own else []))
     console.print(table)
 
 

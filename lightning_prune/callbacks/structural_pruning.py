@@ -130,6 +130,11 @@ class StructuralPruning(Callback):
         return {**self.__dict__, **running}
 
     @property
+    def pruning_finished(self) -> bool:
+        """Whether the final level is in force; what `AfterPruning` waits for."""
+        return self._level >= 1.0
+
+    @property
     def recipe(self) -> Recipe:
         """What is asked, without the schedule."""
         return Recipe(self.budget, self.importance, self.scope, self.round_to, self.max_ratio)

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_prune.deploy._profile_machine import load_average
 
 PACKAGES = (
-    "lightning-prune", "torch", "pytorch-lightning", "lightning", "torch-pruning", "numpy",
+    "lightning-prune", "torch", "pytorch-lightning", "lightning", "numpy",
     "onnx", "onnxruntime", "onnxscript", "openvino",
 )  # fmt: skip
 # The instruction sets that decide which kernels a runtime picks.

@@ -93,14 +93,19 @@ def test_rewinding_and_regrowth_follow_the_removal_of_channels(tmp_path):
         assert bool((weight[pruning.masks[name] == 0] == 0).all())
 
 
-def test_pruning_is_finished_when_the_last_level_is_in_force(tmp_path):
+@pytest.mark.parametrize("kind", ["magnitude", "structural"])
+def test_pruning_is_finished_when_the_last_level_is_in_force(tmp_path, kind):
     seen = []
 
     class Look(Probe):
         def on_validation_end(self, trainer, pl_module):
             seen.append(pruning_finished(trainer))
 
-    pruning = MagnitudePruning(0.7, schedule=Schedule("linear", 0, 2, unit="epoch"))
+    schedule = Schedule("linear", 0, 2, unit="epoch")
+    pruning = {
+        "magnitude": lambda: MagnitudePruning(0.7, schedule=schedule),
+        "structural": lambda: StructuralPruning(Budget(params=0.7), schedule=schedule, round_to=1),
+    }[kind]()
     run = trainer(tmp_path, pruning, AfterPruning(), Look(), num_sanity_val_steps=0)
     run.fit(Net(), data(), data())
     assert seen == [False, False, True, True]
