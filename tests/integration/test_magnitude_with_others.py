@@ -97,7 +97,7 @@ def test_rewinding_and_regrowth_follow_the_removal_of_channels(tmp_path):
 def test_pruning_is_finished_when_the_last_level_is_in_force(tmp_path, kind):
     seen = []
 
-    class Look(Probe):
+    class Look(QuietProbe):
         def on_validation_end(self, trainer, pl_module):
             seen.append(pruning_finished(trainer))
 
