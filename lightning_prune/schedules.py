@@ -113,8 +113,9 @@ def exponential(progress: float) -> float:
 def one_cycle(progress: float) -> float:
     """Leave the network alone at first, prune in mid-course, then let it settle.
 
-    `f(x) = (1 + e^(-a + b)) / (1 + e^(-a x + b))` with `a = 14` and `b = 5`: Hubens et al. 2021, "One-Cycle
-    Pruning". The published curve is 0.0067 at 0; a window starts from nothing, so here `f(0) = 0`.
+    `f(x) = (1 + e^(-a + b)) / (1 + e^(-a x + b))` with `a = 14` and `b = 6`: Hubens et al. 2021, "One-Cycle
+    Pruning", with the defaults of its first author's library, fasterai. That curve is 0.0025 at 0; a window
+    starts from nothing, so here `f(0) = 0`.
 
     Args:
         progress: The part of the window that has passed, 0 to 1.
@@ -128,7 +129,7 @@ def one_cycle(progress: float) -> float:
     """
     if progress == 0.0:
         return 0.0
-    return (1.0 + math.exp(-14.0 + 5.0)) / (1.0 + math.exp(-14.0 * progress + 5.0))
+    return (1.0 + math.exp(-14.0 + 6.0)) / (1.0 + math.exp(-14.0 * progress + 6.0))
 
 
 CURVES: dict[str, Callable[[float], float]] = {

@@ -31,7 +31,7 @@ def nni_agp(iteration, total, sparsity):
     return (1 - (1 - iteration / total) ** 3) * sparsity
 
 
-def hubens_one_cycle(t, initial, final, alpha=14.0, beta=5.0):
+def hubens_one_cycle(t, initial, final, alpha=14.0, beta=6.0):
     return initial + (final - initial) * (1 + math.exp(-alpha + beta)) / (1 + math.exp(-alpha * t + beta))
 
 
