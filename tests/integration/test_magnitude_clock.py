@@ -45,7 +45,7 @@ BY_STEP = Schedule("linear", 0, 0.5, interval="step")
         (Schedule("linear", 1, 2, "epoch", "step", 4), {"max_epochs": 4}, data, [(1, 12), (2, 16)]),
         (Schedule("linear", 9, 17, "step", "epoch"), {"max_epochs": 4}, data, [(2, 16)]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_events_fall_where_the_schedule_says(tmp_path, schedule, options, loader, events):
     pruning = MagnitudePruning(0.8, schedule=schedule)
