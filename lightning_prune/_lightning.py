@@ -91,14 +91,3 @@ def trainer_class(module: object) -> type[Trainer]:
         True
     """
     return import_module(namespace_of(module)).Trainer  # type: ignore[no-any-return]
-
-
-def is_lightning_module(thing: object) -> bool:
-    """Tell whether an object is a LightningModule of either namespace.
-
-    Example:
-        >>> is_lightning_module(object())
-        False
-    """
-    loaded = [sys.modules[name] for name in NAMESPACES if name in sys.modules]
-    return isinstance(thing, tuple(module.LightningModule for module in loaded))

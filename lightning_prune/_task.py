@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from lightning_prune.deploy.onnx import Exported, Onnx
 from lightning_prune.deploy.profile import Profile, ProfileResult
 from lightning_prune.deploy.quantize import Quantize, Quantized
 from lightning_prune.deploy.weights import count_weights, least_file_bytes
-from lightning_prune.report.results import Interval, Latency, Report, Variant
+from lightning_prune.report.protocol import with_profile
+from lightning_prune.report.results import Report, Variant
 
 
 @dataclass(frozen=True)
@@ -96,44 +97,37 @@ def assemble(task: Task, made: Mapping[str, Made], profile: ProfileResult | None
     Returns:
         The report.
     """
-    warnings = [*task.warnings, *(profile.warnings if profile else ())]
-    if profile is None and task.profile is not None:
-        warnings.append(f"The latency profile is missing: {reason}")
-    variants = tuple(_variant(name, item, profile, reason, task) for name, item in made.items())
-    warnings += _quantization_warnings(variants)
     module: Any = next(iter(made.values())).module
-    title = type(module).__name__ + (f".{task.submodule}" if task.submodule else "")
-    return Report(
-        variants=variants,
-        environment=profile.environment if profile else environment(),
+    report = Report(
+        variants=tuple(_variant(name, item, task) for name, item in made.items()),
         pruning=task.pruning,
-        warnings=tuple(warnings),
-        profile=profile.protocol if profile else {},
+        warnings=task.warnings,
         training=task.training,
-        title=title,
+        title=type(module).__name__ + (f".{task.submodule}" if task.submodule else ""),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    report = _without_profile(report, task, reason) if profile is None else with_profile(report, profile)
+    return replace(report, warnings=(*report.warnings, *_quantization_warnings(report.variants)))
+
+
+def _without_profile(report: Report, task: Task, reason: str) -> Report:
+    none = dict.fromkeys(("latency_ms", "peak_memory_bytes", "energy_mj"), reason)
+    said = () if task.profile is None else (f"The latency profile is missing: {reason}",)
+    return replace(
+        report,
+        variants=tuple(replace(v, missing={**v.missing, **none}) for v in report.variants),
+        environment=environment(),
+        warnings=(*report.warnings, *said),
     )
 
 
-def _variant(name: str, item: Made, profile: ProfileResult | None, reason: str, task: Task) -> Variant:
+def _variant(name: str, item: Made, task: Task) -> Variant:
     path = item.exported.path
     parameters, nonzero = count_weights(path)
     missing: dict[str, str] = {}
     if not item.metrics:
         none = "no validation data" if not has_data(task.data.val, task.data.limit) else "the loop logs none"
         missing["metrics"] = none
-    measured: dict[str, Any] = {}
-    if profile is None:
-        missing.update(dict.fromkeys(("latency_ms", "peak_memory_bytes", "energy_mj"), reason))
-    else:
-        found = profile.files[name]
-        missing.update(found.missing)
-        measured = {
-            "latency_ms": latency_of(found.latency_ms),
-            "peak_memory_bytes": found.peak_memory_bytes,
-            "energy_mj": found.energy_mj,
-            "operators": found.operators,
-        }
     quantization = None
     if item.quantized is not None:
         quantization = item.quantized.summary() | ({"search": item.search} if item.search else {})
@@ -151,18 +145,7 @@ def _variant(name: str, item: Made, profile: ProfileResult | None, reason: str, 
         quantization=quantization,
         classes=item.classes,
         missing=missing,
-        **measured,
     )
-
-
-def latency_of(fields: Mapping[str, Any] | None) -> Latency | None:
-    """Turn the plain fields that the profile measured into the report's `Latency`."""
-    if fields is None:
-        return None
-    plain = dict(fields)
-    if isinstance(plain.get("speedup"), Mapping):
-        plain["speedup"] = Interval(**plain["speedup"])
-    return Latency(**plain)
 
 
 def _quantization_warnings(variants: tuple[Variant, ...]) -> list[str]:
