@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,15 +26,14 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-RESULTS = Path(__file__).parent / "results"
+from common import write
+
 SPARSITY = 0.8
 
 
@@ -336,49 +334,6 @@ def update_table(found: dict[str, object]) -> list[str]:
             ]
             lines.append("| " + " | ".join([*cells, f"{runs[0]['zeros']:,}"]) + " |")
     return lines
-
-
-# ------------------------------------------------------------------ report
-
-
-def environment() -> dict[str, object]:
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    packages = {name: version(name) for name in ("torch", "pytorch-lightning", "lightning-prune")}
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu,
-        "threads": 1,
-        "load": os.getloadavg()[0],
-        **packages,
-    }
-
-
-def write(name: str, config: dict[str, object], found: dict[str, object], table: list[str]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    about = environment()
-    raw = {"environment": about, "config": config, "results": found}
-    text = [
-        f"# {name.replace('_', ' ')}",
-        "",
-        *table,
-        "",
-        "How: " + json.dumps(config),
-        "",
-        json.dumps(about),
-        "",
-    ]
-    for suffix, content in ((".json", json.dumps(raw)), (".md", "\n".join(text))):
-        path = RESULTS / f"{name}{suffix}"
-        path.with_suffix(".tmp").write_text(content)
-        path.with_suffix(".tmp").replace(path)
-    print("\n".join(text))
 
 
 def main() -> None:
