@@ -64,6 +64,7 @@ class Commands:
                 ckpt_path=ckpt_path,
                 datamodule=datamodule,
                 submodule=how.module,
+                onnx=how.onnx,
                 quantize=how.quantize,
                 profile=how.profile,
                 baseline=how.baseline,

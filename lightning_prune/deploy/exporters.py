@@ -51,7 +51,7 @@ def traced(flat: Flat, tensors: tuple[Tensor, ...], axes: list[dict[int, str]], 
     dims = {label: torch.export.Dim(label) for label in sorted(labels)}
     shapes = tuple({axis: dims[label] for axis, label in item.items()} for item in axes)
     try:
-        with quiet_exporter(), torch.no_grad():
+        with quiet_exporter(), fresh_kernels(), torch.no_grad():
             program = torch.onnx.export(
                 flat,
                 tensors,
@@ -102,6 +102,26 @@ def _cannot_export(flat: Flat, error: Exception) -> ExportError:
 
 
 @contextmanager
+def fresh_kernels() -> Iterator[None]:
+    """Let torch look the kernels of its recurrent operators up again, before and after an export.
+
+    To keep a time axis open, the exporter swaps these kernels for a while; an operator that has run before
+    would go on with the one it remembers, and the axis becomes a constant (torch 2.13).
+    """
+    operators = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
+
+    def forget() -> None:
+        for operator in operators:
+            operator._dispatch_cache.clear()  # private, and torch's own export clears those it swaps so
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
+@contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Silence what torch's exporter says about itself, not about the user's module."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
@@ -122,6 +142,10 @@ def quiet_exporter() -> Iterator[None]:
             # RNNs gather their weights in a list when they are traced.
             warnings.filterwarnings(
                 "ignore", message=r"The tensor attributes .*_flat_weights", category=UserWarning
+            )
+            # Parity is checked at several batch sizes.
+            warnings.filterwarnings(
+                "ignore", message=r"Exporting a model to ONNX with a batch_size", category=UserWarning
             )
             yield
     finally:

@@ -192,14 +192,13 @@ def _dynamic_axes(
 
 
 def _check_axes(graph: Any, wanted: Mapping[str, Mapping[int, Any]]) -> None:
-    # torch 2.13 can turn an axis into a constant without a word: the time of an LSTM, in every export of a
-    # process but the first.
+    # An exporter can turn an axis into a constant without a word: torch.export, the time of a plain RNN.
     for item in graph.input:
         sizes = item.type.tensor_type.shape.dim
         for axis in wanted[item.name]:
             if not sizes[axis].dim_param:
                 raise ExportError(
                     f"Axis {axis} of input {item.name!r} became the constant {sizes[axis].dim_value} in the "
-                    "export: the network computes with its size as a number. (With an LSTM or GRU, torch "
-                    "keeps an open time axis only in the first export of a process.)"
+                    "export: the network computes with its size as a number. With an nn.RNN, "
+                    "Onnx(legacy=True) keeps it open."
                 )

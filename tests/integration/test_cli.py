@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from lightning_prune.cli import namespace
@@ -39,6 +40,13 @@ def test_fit_ends_with_a_table_and_a_report_of_three_variants(fitted, report):
     assert [variant["name"] for variant in report["variants"]] == ["dense", "pruned", "pruned.int8"]
     for words in ("File size", "MACs", "Latency p50", "Peak memory", "pruned.int8", "val_acc"):
         assert words in fitted[1]
+
+
+def test_the_files_carry_the_configs_note_on_their_inputs(fitted):
+    edge = fitted[0] / "runs" / "digits" / "edge"
+    for path in edge.glob("*.onnx"):
+        notes = {item.key: item.value for item in onnx.load(path).metadata_props}
+        assert notes["normalization"] == "grey values from 0 to 1", path.name
 
 
 def test_fit_meets_its_budgets(report):
