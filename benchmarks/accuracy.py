@@ -1,0 +1,288 @@
+"""What pruning and int8 cost in accuracy, on real tasks, beside what users would pick instead.
+
+Every method gets the same data, loss, epochs and learning rates. `tuned` is the dense network trained on for
+as long; `torch-pruning` cuts with Torch-Pruning first and then trains; `ModelPruning` is Lightning's own;
+`small` is the same architecture with fewer channels everywhere, trained from scratch as long. Numbers are
+those of the last epoch, on ONNX files run by ONNX Runtime, on a test set by which nothing was chosen.
+
+    python benchmarks/accuracy.py keywords --data-root DATA
+    python benchmarks/accuracy.py resnet20 --macs 0.606 --methods structural --seeds 0 1 2 --data-root DATA
+    python benchmarks/accuracy.py keywords --choose --set importance=taylor --methods structural
+
+A killed run goes on from its last checkpoint in `--work`, and finished ones are not repeated. The table and
+the raw numbers of all finished runs go to `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
+from torch import nn
+
+from common import PACKAGES, environment, table, write
+from data import add_data_root
+from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
+from lightning_prune.cost import count_macs
+from tasks import TASKS, Classifier, Task, TaskData
+
+METHODS = (
+    "dense",
+    "tuned",
+    "structural",
+    "magnitude",
+    "joint",
+    "torch-pruning",
+    "ModelPruning",
+    "small",
+)
+# Channels go in the first part of the training, zeros come after them, and the rest is for recovery.
+CHANNELS = Schedule("cubic", begin=0.0, end=0.4)
+ZEROS = Schedule("cubic", begin=0.0, end=0.6)
+ZEROS_AFTER_CHANNELS = Schedule("cubic", begin=0.4, end=0.7)
+
+
+def layers_with_weights(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """List what ModelPruning is given: the weights of convolutions and linear layers."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    return [(layer, "weight") for layer in network.modules() if isinstance(layer, kinds)]
+
+
+def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
+    """Make the callbacks of a method of this package."""
+    options = dict(arguments.set or [])
+    structure = {key: value for key, value in options.items() if key not in ("criterion", "zeros_scope")}
+    channels = StructuralPruning(Budget(macs=arguments.macs), **{"schedule": CHANNELS, **structure})
+    criteria = {
+        "criterion": options.get("criterion", "magnitude"),
+        "scope": options.get("zeros_scope", "global"),
+    }
+    if method == "structural":
+        return [channels]
+    if method == "magnitude":
+        return [MagnitudePruning(arguments.zeros, schedule=ZEROS, **criteria)]
+    return [channels, MagnitudePruning(arguments.zeros, schedule=ZEROS_AFTER_CHANNELS, **criteria)]
+
+
+def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
+    """Cut with Torch-Pruning alone, in small global steps, until the MACs are at most `target` of them."""
+    import torch_pruning as tp
+
+    example = torch.zeros(1, *task.shape)
+    ends = [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == task.classes
+    ]
+    pruner = tp.pruner.BasePruner(
+        network, example, tp.importance.GroupMagnitudeImportance(), global_pruning=True, pruning_ratio=1.0,
+        max_pruning_ratio=0.9, iterative_steps=400, ignored_layers=ends, in_channel_groups={},
+        out_channel_groups={}, num_heads={}, channel_groups={},
+    )  # fmt: skip
+    dense = count_macs(network, (example,))
+    for _ in range(400):
+        pruner.step()
+        if count_macs(network, (example,)) <= target * dense:
+            return network
+    raise RuntimeError("Torch-Pruning did not reach the budget")
+
+
+def small(task: Task, target: float) -> nn.Module:
+    """Make the widest uniform network of at most `target` of the MACs."""
+    example = (torch.zeros(1, *task.shape),)
+    dense = count_macs(task.network(task.width), example)
+    fits = [w for w in range(2, task.width) if count_macs(task.network(w), example) <= target * dense]
+    return task.network(max(fits))
+
+
+def trainer_for(
+    folder: Path, epochs: int, arguments: argparse.Namespace, callbacks: Sequence[Callback]
+) -> Trainer:
+    """Make a trainer that leaves a checkpoint after every epoch."""
+    last = ModelCheckpoint(folder, save_last=True, save_top_k=0, enable_version_counter=False)
+    return Trainer(
+        max_epochs=epochs, accelerator=arguments.accelerator, devices=1, precision=arguments.precision,
+        logger=False, enable_model_summary=False, callbacks=[*callbacks, last], num_sanity_val_steps=0,
+        check_val_every_n_epoch=5 if arguments.choose else epochs, enable_progress_bar=arguments.progress,
+    )  # fmt: skip
+
+
+def base_network(task: Task, name: str, seed: int, arguments: argparse.Namespace, parts: Any) -> nn.Module:
+    """Load the published weights, or train the dense network once."""
+    network = task.make(arguments.data_root)
+    if not task.base:
+        return network
+    kind = "choose" if arguments.choose else "final"
+    folder = arguments.work / name / f"base-{kind}-{seed}"
+    done = folder / "weights.pt"
+    if not done.exists():
+        fit(Classifier(network, task, task.base_lr), task, parts, folder, task.base, seed, arguments, [])
+        torch.save(network.state_dict(), done.with_suffix(".tmp"))
+        done.with_suffix(".tmp").replace(done)
+    network.load_state_dict(torch.load(done, weights_only=True))
+    return network
+
+
+def fit(
+    module: Classifier, task: Task, parts: Any, folder: Path, epochs: int, seed: int,
+    arguments: argparse.Namespace, callbacks: Sequence[Callback],
+) -> None:  # fmt: skip
+    """Train, or go on with a training that was killed."""
+    last = folder / "last.ckpt"
+    trainer = trainer_for(folder, epochs, arguments, callbacks)
+    batches = TaskData(task, parts, arguments.choose, seed)
+    trainer.fit(module, datamodule=batches, ckpt_path=last if last.exists() else None, weights_only=True)
+
+
+def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make one network, train it, export it, and say what the files are worth."""
+    task = replace(TASKS[name], **dict(arguments.train or []))
+    parts = task.read(arguments.data_root)
+    folder = arguments.work / name / run_name(method, seed, arguments)
+    seed_everything(seed, verbose=False)
+    dense = base_network(task, name, seed, arguments, parts)
+    network = copy.deepcopy(dense)
+    epochs = arguments.epochs or task.tune
+    seed_everything(1000 + seed, verbose=False)
+    callbacks: list[Callback] = []
+    if method in ("structural", "magnitude", "joint"):
+        callbacks = our_callbacks(method, arguments)
+    elif method == "torch-pruning":
+        network = torch_pruning(network, task, arguments.macs)
+    elif method == "small":
+        network, epochs = small(task, arguments.macs), epochs + task.base
+    elif method == "ModelPruning":
+        callbacks = [
+            ModelPruning(
+                "l1_unstructured", layers_with_weights(network), amount=arguments.zeros,
+                use_global_unstructured=True, apply_pruning=lambda epoch: epoch == 0,
+                use_lottery_ticket_hypothesis=False,
+            )
+        ]  # fmt: skip
+    module = Classifier(network, task, task.lr, dense if task.teach and method != "dense" else None)
+    batches = TaskData(task, parts, arguments.choose, seed)
+    start = time.perf_counter()
+    if method == "dense":
+        report = export(module, str(folder / "edge"), datamodule=batches, submodule="network", profile=None)
+    else:
+        last = EdgeExport(str(folder / "edge"), module="network", profile=None)
+        fit(module, task, parts, folder, epochs, seed, arguments, [*callbacks, last])
+        report = last.report
+    variants = {variant.name: variant for variant in report.variants}
+    ours = "pruned" in variants
+    found: dict[str, Any] = {"method": method, "seed": seed, "epochs": 0 if method == "dense" else epochs}
+    found["seconds"] = time.perf_counter() - start
+    for kind, ending in (("float", ""), ("int8", ".int8")):
+        variant = variants[("pruned" if ours else "dense") + ending]
+        found[kind] = {
+            "accuracy": variant.metrics["val_acc"], "recall": variant.metrics["val_recall"],
+            "macs": variant.macs, "parameters": variant.parameters, "nonzero": variant.nonzero,
+            "bytes": variant.bytes, "compressed_bytes": variant.compressed_bytes,
+        }  # fmt: skip
+    return found
+
+
+def run_name(method: str, seed: int, arguments: argparse.Namespace) -> str:
+    """Name a run after all that it depends on."""
+    parts = [method, "choose" if arguments.choose else "final"]
+    if method in ("structural", "joint", "torch-pruning", "small"):
+        parts.append(f"macs{arguments.macs:g}")
+    if method in ("magnitude", "joint", "ModelPruning"):
+        parts.append(f"zeros{arguments.zeros:g}")
+    if method in ("structural", "magnitude", "joint"):
+        parts += [f"{key}-{value}" for key, value in arguments.set or []]
+    if method != "dense":
+        parts += [f"{key}-{value}" for key, value in arguments.train or []]
+        parts.append(f"{arguments.epochs or 'all'}epochs")
+    return "_".join([*parts, f"seed{seed}"])
+
+
+def summarize(name: str, arguments: argparse.Namespace) -> None:
+    """Make the table of all finished runs."""
+    kind = "choose" if arguments.choose else "final"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((arguments.work / name).glob(f"*_{kind}*/result.json")):
+        title = path.parent.name.rpartition("_seed")[0].replace(f"_{kind}", "").replace("_", ", ")
+        found.setdefault(title, []).append(json.loads(path.read_text(encoding="utf-8")))
+    dense = found.get("dense", [None])[0]
+    rows = []
+    for title, runs in found.items():
+        row: list[object] = [title, len(runs), runs[0]["epochs"]]
+        for form in ("float", "int8"):
+            values = [100 * r[form]["accuracy"] for r in runs]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            row.append(f"{statistics.mean(values):.2f}{spread}")
+        one = runs[0]["float"]
+        row.append(f"{dense['float']['macs'] / one['macs']:.2f}x" if dense else one["macs"])
+        row.append(f"{1 - one['nonzero'] / one['parameters']:.1%}")
+        row.append(f"{runs[0]['int8']['bytes']:,}")
+        row.append(f"{runs[0]['int8']['compressed_bytes']:,}")
+        rows.append(row)
+    head = ["method", "seeds", "epochs", "float, %", "int8, %", "fewer MACs", "zeros"]
+    head += ["int8 file, bytes", "gzipped, bytes"]
+    config = {"task": name, "choose": arguments.choose, "precision": arguments.precision}
+    where = "the held-out part of the training set" if arguments.choose else "the test set"
+    title = f"{TASKS[name].title}. Accuracy on {where}, of the last epoch, on the ONNX files."
+    about = environment(torch.get_num_threads(), (*PACKAGES, "torch-pruning"))
+    folder = arguments.work if arguments.choose else Path(__file__).parent / "results"
+    write(f"accuracy_{name}", config, found, [title, "", *table(head, rows)], about=about, folder=folder)
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Read `key=value`, the value as YAML."""
+    key, _, value = text.partition("=")
+    return key, yaml.safe_load(value)
+
+
+def main() -> None:
+    """Run what is asked."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("task", choices=sorted(TASKS))
+    add_data_root(parser)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs that may remain")
+    parser.add_argument("--zeros", type=float, default=0.8, help="fraction of zeros among the weights")
+    parser.add_argument("--epochs", type=int, help="default: the task's own number")
+    parser.add_argument(
+        "--set", nargs="+", type=option, help="arguments of the callbacks, such as scope=layer"
+    )
+    parser.add_argument("--train", nargs="+", type=option, help="fields of the task: lr=0.01 teach=0.5")
+    parser.add_argument("--choose", action="store_true", help="measure on a part of the training set instead")
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="checkpoints and exports")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--progress", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    attempt: Callable[..., dict[str, Any]] = run
+    for method in arguments.methods:
+        for seed in arguments.seeds:
+            done = arguments.work / arguments.task / run_name(method, seed, arguments) / "result.json"
+            if not done.exists():
+                found = attempt(arguments.task, method, seed, arguments)
+                done.parent.mkdir(parents=True, exist_ok=True)
+                done.with_suffix(".tmp").write_text(json.dumps(found), encoding="utf-8")
+                done.with_suffix(".tmp").replace(done)
+    summarize(arguments.task, arguments)
+
+
+if __name__ == "__main__":
+    main()
