@@ -109,9 +109,7 @@ def loaded(module: LightningModule, checkpoint: Mapping[str, Any], path: Any) ->
         CheckpointError: The checkpoint is of another network.
     """
     result: Any = copy.deepcopy(module)
-    description = manifest.from_checkpoint(checkpoint)
-    if description is not None:
-        manifest.reshape(result, description)
+    manifest.take_on(result, checkpoint)
     try:
         result.load_state_dict(checkpoint["state_dict"], strict=True)
     except RuntimeError as error:

@@ -33,10 +33,8 @@ class PrunedLoading:
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take on the checkpoint's structure before its weights are loaded."""
-        structure = manifest.from_checkpoint(checkpoint)
-        if structure is not None:
-            assert isinstance(self, nn.Module)
-            manifest.reshape(self, structure)
+        assert isinstance(self, nn.Module)
+        manifest.take_on(self, checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
@@ -130,9 +128,7 @@ def _reshaping(module_class: Any) -> Iterator[None]:
     usual = module_class.on_load_checkpoint
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        structure = manifest.from_checkpoint(checkpoint)
-        if structure is not None:
-            manifest.reshape(self, structure)
+        manifest.take_on(self, checkpoint)
         usual(self, checkpoint)
 
     with _LOCK:

@@ -49,11 +49,10 @@ def uninstall(module: LightningModule) -> None:
 
 def on_load_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Give the module, and its running averages, the checkpoint's structure; then go on as the class does."""
-    structure = manifest.from_checkpoint(checkpoint)
-    if structure is None:
-        structure = _plain(module, checkpoint)
-    if structure is not None:
+    structure = manifest.take_on(module, checkpoint)
+    if structure is None and (structure := _plain(module, checkpoint)) is not None:
         manifest.reshape(module, structure)
+    if structure is not None:
         with suppress(RuntimeError):  # what `trainer` raises where there is none
             for average in averaged_modules(module.trainer):
                 manifest.reshape(average, structure)

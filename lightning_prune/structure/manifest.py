@@ -1,23 +1,27 @@
 """Describing a network's structure as plain data, and giving a network the structure described.
 
-No history is replayed and nothing is traced: a description holds the shape of every tensor and the integer
-attributes of every layer that follow its channels, so it holds whatever was done, in either direction.
+No history is replayed and nothing is traced: a description holds the shape of every tensor, the integer
+attributes of every layer that follow its channels, and the layers that stand at the place of others, so it
+holds whatever was done, in either direction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.cost import skeleton
 from lightning_prune.errors import CheckpointError
 from lightning_prune.structure.layers import attributes_of
+from lightning_prune.structure.replaced import bring_in_line, specs
 from lightning_prune.structure.surgery import resize, take
 
 KEY = "lightning_prune"
-VERSION = 1
+VERSION = 2  # 1 knows no replaced layers, and is still what is written where there are none
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -27,16 +31,20 @@ def describe(module: nn.Module) -> dict[str, Any]:
         module: The network.
 
     Returns:
-        `{"tensors": {name: [size, ...]}, "attributes": {module: {attribute: int or [int, ...]}}}`: ints,
-        strings, lists and dicts only, so that it loads under `weights_only=True` and goes through JSON.
+        `{"tensors": {name: [size, ...]}, "attributes": {module: {attribute: int or [int, ...]}}}`, and
+        `"modules": {place: layer}` where layers stand at the place of others (see `structure.replaced`):
+        numbers, strings, lists and dicts only, so that it loads under `weights_only=True` and goes through
+        JSON.
 
     Example:
         >>> describe(nn.Linear(4, 2, bias=False))["tensors"]
         {'weight': [2, 4]}
     """
-    tensors = {name: list(tensor.shape) for name, tensor in _named_tensors(module).items()}
+    tensors = {name: list(tensor.shape) for name, tensor in tensors_of(module).items()}
     attributes = {name: attributes_of(layer) for name, layer in module.named_modules()}
+    modules = specs(module)
     return {
+        **({"modules": modules} if modules else {}),
         "tensors": tensors,
         "attributes": {
             name: {key: value if isinstance(value, int) else list(value) for key, value in values.items()}
@@ -50,7 +58,8 @@ def reshape(module: nn.Module, description: Mapping[str, Any]) -> None:
     """Give a network the structure that was described, smaller or larger than its own.
 
     Tensors whose shape differs get new, uninitialised data, to be loaded next; the others keep theirs.
-    Parameters stay the objects they are. Everything is checked before anything changes.
+    Parameters stay the objects they are, but for those of layers that come or go. Everything is checked
+    before anything changes.
 
     Args:
         module: The network, of the class and arguments that were described.
@@ -65,14 +74,20 @@ def reshape(module: nn.Module, description: Mapping[str, Any]) -> None:
         >>> net
         Linear(in_features=3, out_features=2, bias=True)
     """
-    tensors = _named_tensors(module)
-    shapes, attributes = _checked(module, tensors, description)
-    for name, shape in shapes.items():
+    wanted = _read(description)
+    trial = module
+    if wanted.modules != specs(module):
+        trial = skeleton(module)
+        bring_in_line(trial, wanted.modules)
+    _check(trial, wanted)
+    bring_in_line(module, wanted.modules)
+    tensors = tensors_of(module)
+    for name, shape in wanted.shapes.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             data = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             resize(tensor, take(data, (), like=tensor))
-    for name, values in attributes.items():
+    for name, values in wanted.attributes.items():
         layer = module.get_submodule(name)
         for attribute, value in values.items():
             setattr(layer, attribute, value)
@@ -85,7 +100,8 @@ def differs(module: nn.Module, description: Mapping[str, Any]) -> bool:
         >>> differs(nn.Linear(4, 2), describe(nn.Linear(3, 2)))
         True
     """
-    return bool(describe(module)["tensors"] != description["tensors"])
+    now = describe(module)
+    return any(now.get(key) != description.get(key) for key in ("tensors", "modules"))
 
 
 def to_checkpoint(module: nn.Module) -> dict[str, Any]:
@@ -95,7 +111,8 @@ def to_checkpoint(module: nn.Module) -> dict[str, Any]:
         >>> to_checkpoint(nn.Linear(4, 2))["version"]
         1
     """
-    return {"version": VERSION, "structure": describe(module)}
+    structure = describe(module)
+    return {"version": VERSION if "modules" in structure else 1, "structure": structure}
 
 
 def from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -130,24 +147,59 @@ def from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return structure
 
 
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    # Tied tensors appear under each of their names, as they do in a state dict.
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+def take_on(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Give a network the structure of a checkpoint that is about to be loaded into it.
+
+    Args:
+        module: The network.
+        checkpoint: The loaded checkpoint.
+
+    Returns:
+        The description; None, and nothing is done, if the checkpoint carries none.
+
+    Raises:
+        CheckpointError: The manifest is malformed, of another network, or not of the checkpoint's own
+            weights; nothing has changed.
+
+    Example:
+        >>> small, net = nn.Linear(3, 2), nn.Linear(4, 2)
+        >>> _ = take_on(net, {"state_dict": small.state_dict(), KEY: to_checkpoint(small)})
+        >>> net.in_features
+        3
+    """
+    structure = from_checkpoint(checkpoint)
+    if structure is None:
+        return None
+    shapes = _read(structure).shapes
+    for name, tensor in (checkpoint.get("state_dict") or {}).items():
+        if isinstance(tensor, Tensor) and shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"The checkpoint's {KEY!r} manifest does not describe its weights: it says that {name} is "
+                f"{list(shapes[name])}, and there it is {list(tensor.shape)}."
+            )
+    reshape(module, structure)
+    return structure
 
 
-def _checked(
-    module: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, int | tuple[int, ...]]]]:
+@dataclass(frozen=True)
+class _Structure:
+    """A description that was read."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]]
+    modules: Mapping[str, Mapping[str, Any]]
+
+
+def _read(description: Mapping[str, Any]) -> _Structure:
     try:
         shapes = {str(name): tuple(shape) for name, shape in description["tensors"].items()}
         attributes = {
             str(name): {str(k): v if isinstance(v, int) else tuple(v) for k, v in values.items()}
             for name, values in description["attributes"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        # The first version of the manifest knew no layers in the place of others.
+        modules = {str(name): dict(spec) for name, spec in description.get("modules", {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"The structure in the checkpoint is malformed: {error!r}.") from error
     sizes = [size for shape in shapes.values() for size in shape]
     sizes += [
@@ -158,20 +210,37 @@ def _checked(
     ]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
         raise CheckpointError("The structure in the checkpoint is malformed: a size is not a whole number.")
+    return _Structure(shapes, attributes, modules)
+
+
+def _check(module: nn.Module, wanted: _Structure) -> None:
+    """Raise CheckpointError unless the module can take on the widths; touch nothing."""
     kind = type(module).__name__
-    if foreign := sorted(set(shapes) - set(tensors)):
+    tensors, layers = tensors_of(module), dict(module.named_modules(remove_duplicate=False))
+    if foreign := sorted(set(wanted.shapes) - set(tensors)):
         raise CheckpointError(
             f"The structure in the checkpoint is of another network: {kind} has no {', '.join(foreign[:3])}. "
             "Build the module with the arguments it was trained with."
         )
-    for name, shape in shapes.items():
+    for name, shape in wanted.shapes.items():
         if len(shape) != tensors[name].dim():
             raise CheckpointError(
                 f"The structure in the checkpoint is of another network: {name} has {tensors[name].dim()} "
                 f"dimensions in {kind}, {len(shape)} in the checkpoint."
             )
-    known = dict(module.named_modules())
-    for name, values in attributes.items():
-        if name not in known or not set(values) <= set(attributes_of(known[name])):
+    for name, values in wanted.attributes.items():
+        if name not in layers or not set(values) <= set(attributes_of(layers[name])):
             raise CheckpointError(f"The structure in the checkpoint is of another network: see {name!r}.")
-    return shapes, attributes
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """List parameters and buffers by name; tied ones under each of their names, as a state dict has them.
+
+    Example:
+        >>> list(tensors_of(nn.Linear(2, 1)))
+        ['weight', 'bias']
+    """
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }

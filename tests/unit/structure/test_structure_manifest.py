@@ -154,3 +154,15 @@ def test_any_widths_round_trip(widths):
     again = Residual()
     manifest.reshape(again, manifest.describe(net))
     assert manifest.describe(again) == description
+
+
+def test_a_manifest_that_is_not_of_the_weights_beside_it_changes_nothing():
+    net = Residual()
+    other = manifest.describe(Residual())
+    other["tensors"]["a.0.weight"] = [9, 16, 3, 3]
+    checkpoint = {"state_dict": net.state_dict(), manifest.KEY: {"version": 1, "structure": other}}
+    shown = str(net)
+    with pytest.raises(CheckpointError, match=r"a\.0\.weight is \[9, 16, 3, 3\]"):
+        manifest.take_on(net, checkpoint)
+    assert manifest.describe(net) == manifest.describe(Residual())
+    assert str(net) == shown
