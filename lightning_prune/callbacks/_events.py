@@ -3,7 +3,8 @@
 A callback takes part by having a method of the event's name:
 
 * `on_before_pruning(trainer, pl_module)`: weights or structure are about to change.
-* `on_structure_change(trainer, pl_module, change)`: channels went; `change` is a `structure.surgery.Change`.
+* `on_structure_change(trainer, pl_module, change)`: channels went, or layers took the place of others;
+  `change` is a `structure.surgery.Change`.
 * `pruning_summary() -> dict`: what was done so far, as plain JSON-ready data, for the report.
 """
 

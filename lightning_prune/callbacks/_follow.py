@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.callbacks._averages import averaged_modules
 from lightning_prune.callbacks._events import emit
 from lightning_prune.errors import CompatibilityError, StrategyError
-from lightning_prune.structure.optimizers import cuts_of, migrate
+from lightning_prune.structure.optimizers import Swap, cuts_of, exchange, migrate
 from lightning_prune.structure.surgery import Change, apply
 
 _SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
@@ -31,6 +33,38 @@ def follow(trainer: Trainer, pl_module: LightningModule, change: Change) -> None
         apply(module, change)
     for optimizer in trainer.optimizers:
         migrate(optimizer, cuts)
+    _tell(trainer, pl_module, change)
+
+
+def follow_exchange(
+    trainer: Trainer, pl_module: LightningModule, put: Callable[[nn.Module], Iterable[Swap]]
+) -> None:
+    """Put layers in the place of others, and let averages, optimizers, DDP and other callbacks follow.
+
+    Args:
+        trainer: The running trainer, at the start of an epoch or of an optimizer step.
+        pl_module: The module.
+        put: Does it to the module, and to each running average of it, and says which parameters were
+            swapped.
+    """
+    before = _tensors(pl_module)
+    swaps = list(put(pl_module))
+    for average in averaged_modules(trainer):
+        list(put(average))
+    for optimizer in trainer.optimizers:
+        exchange(optimizer, swaps)
+    after = _tensors(pl_module)
+    removed = tuple(name for name, tensor in before.items() if after.get(name) is not tensor)
+    _tell(trainer, pl_module, Change(removed=removed))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _tell(trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
+    """Let DDP, the compiler and other callbacks know that the module has another structure."""
     strategy: Any = trainer.strategy
     if type(strategy).__name__ == "DDPStrategy" and strategy.model is not strategy.lightning_module:
         _wrap_again(strategy)

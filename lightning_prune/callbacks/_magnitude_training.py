@@ -39,9 +39,9 @@ class Dynamics:
         if epoch == self.options.rewind_to and not self.origin:
             self.origin = {name: tensor.detach().clone() for name, tensor in _state_of(module).items()}
 
-    def narrow(self, cut: Callable[[str, Tensor], Tensor]) -> None:
+    def narrow(self, cut: Callable[[str, Tensor], Tensor], removed: Sequence[str] = ()) -> None:
         """Follow a structural change."""
-        self.origin = {name: cut(name, tensor) for name, tensor in self.origin.items()}
+        self.origin = {n: cut(n, tensor) for n, tensor in self.origin.items() if n not in removed}
 
     @torch.no_grad()
     def rewind(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -49,7 +49,8 @@ class Dynamics:
         if not self.origin:
             return
         for name, tensor in _state_of(module).items():
-            tensor.copy_(sharding.like(self.origin[name], tensor))
+            if name in self.origin:  # not where another layer has taken the place of one
+                tensor.copy_(sharding.like(self.origin[name], tensor))
         for parameter in module.parameters():
             # A gradient of the network as it was would move the one that is back.
             if parameter.grad is not None:

@@ -81,6 +81,11 @@ class MaskKeeper:
         self.packed = {}
         self._stepped = {}
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop the masks of weights that are gone."""
+        for name in names:
+            self.masks.pop(name, None)
+
     # ------------------------------------------------------------------ what there is
 
     def tensors(self) -> Mapping[str, Tensor]:

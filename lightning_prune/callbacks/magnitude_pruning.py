@@ -256,10 +256,13 @@ class MagnitudePruning(Callback):
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:
         """Follow the removal of channels: cut the masks alike, then make the level exact again."""
+        if change.removed:
+            self._keeper.forget(change.removed)
+            self._select(pl_module)
         self._keeper.narrow(change, dict(pl_module.named_parameters(remove_duplicate=False)))
-        self._watch.statistics.narrow(change.narrow, self._keeper.weights)
+        self._watch.statistics.narrow(change.narrow, set(self._keeper.weights) - set(change.removed))
         self._watch.follow(self._keeper.weights)
-        self._dynamics.narrow(change.narrow)
+        self._dynamics.narrow(change.narrow, change.removed)
         if self._keeper.masks:
             self._prune(trainer, pl_module, follow=True)
 

@@ -187,7 +187,8 @@ def _tucker2(weight: Tensor, out_rank: int, in_rank: int) -> tuple[Tensor, Tenso
 def _leading(tensor: Tensor, dim: int, rank: int) -> Tensor:
     """The leading left singular vectors of a tensor unfolded along a dimension."""
     rows = tensor.movedim(dim, 0).flatten(1)
-    return torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -rank:].flip(1)
+    basis: Tensor = torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -rank:].flip(1)
+    return basis
 
 
 def _core(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 A cut keeps every Parameter object, so an optimizer's groups stay as they are, with the learning-rate
 schedulers that write into them. What must follow is the state: momenta and averages are sliced with the same
-positions.
+positions. Where a layer takes the place of another, new Parameters take the old ones' places in their groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,26 @@ from torch.optim import Optimizer
 from lightning_prune.structure.surgery import Change, get_tensor, take
 
 Cuts = Mapping[Tensor, tuple[torch.Size, tuple[tuple[int, Tensor], ...]]]
+
+# What optimizers of `torch.optim` call averages of gradients, and of their squares.
+_LINEAR = ("momentum_buffer", "exp_avg", "grad_avg")
+_SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Parameters that take the place of others.
+
+    Attributes:
+        old: Those that are gone.
+        new: Those that have come, by their qualified names, in the network's order; there may be none.
+        carry: Makes averages for the new ones out of an average over the gradients of the single old one, or
+            over their squares if its second argument is true. None: the new ones start without any.
+    """
+
+    old: Sequence[Tensor]
+    new: Mapping[str, Tensor]
+    carry: Callable[[Tensor, bool], Sequence[Tensor]] | None = None
 
 
 def cuts_of(module: nn.Module, change: Change) -> Cuts:
@@ -69,6 +90,82 @@ def migrate(optimizer: Optimizer, cuts: Cuts) -> None:
             state[key] = _follow(value, old, slices, flat)
     if hasattr(optimizer, "_numel_cache"):
         optimizer._numel_cache = None  # L-BFGS counts its parameters once; there is no public way to recount
+
+
+def exchange(optimizer: Optimizer, swaps: Iterable[Swap]) -> None:
+    """Let parameters take the place of others: in their group, at their position, with state made of theirs.
+
+    A new parameter goes to the group of an old one with as many dimensions, so that biases and weights stay
+    apart where they were; to the first old one's where there is none. Where none of the old ones was
+    optimized, the new ones are not.
+
+    Args:
+        optimizer: Any optimizer of `torch.optim`, or another that keeps its state per parameter.
+        swaps: Which parameters go, and which come.
+
+    Example:
+        >>> old, new = nn.Parameter(torch.zeros(4, 4)), [nn.Parameter(torch.zeros(1, 4)) for _ in "ab"]
+        >>> sgd = torch.optim.SGD([old], lr=0.1)
+        >>> exchange(sgd, [Swap([old], {"0.weight": new[0], "1.weight": new[1]})])
+        >>> [parameter is new[i] for i, parameter in enumerate(sgd.param_groups[0]["params"])]
+        [True, True]
+    """
+    for swap in swaps:
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        held = [p for p in swap.old if id(p) in groups]
+        for name, parameter in swap.new.items():
+            if held and id(parameter) not in groups:
+                like = next((p for p in held if p.dim() == parameter.dim()), held[0])
+                _insert(groups[id(like)], like, name, parameter)
+        if len(held) == 1 and swap.carry is not None:
+            _carry(optimizer, held[0], list(swap.new.values()), swap.carry)
+        for parameter in held:
+            _remove(groups[id(parameter)], parameter)
+            optimizer.state.pop(parameter, None)
+        if held and hasattr(optimizer, "_numel_cache"):
+            # L-BFGS keeps directions over all parameters in a row; over others they mean nothing.
+            optimizer.state.clear()
+            optimizer._numel_cache = None
+
+
+def _insert(group: dict[str, Any], before: Tensor, name: str, parameter: Tensor) -> None:
+    place = _position(group, before)
+    group["params"].insert(place, parameter)
+    if "param_names" in group:
+        group["param_names"].insert(place, name)
+
+
+def _remove(group: dict[str, Any], parameter: Tensor) -> None:
+    place = _position(group, parameter)
+    del group["params"][place]
+    if "param_names" in group:
+        del group["param_names"][place]
+
+
+def _position(group: dict[str, Any], parameter: Tensor) -> int:
+    return next(i for i, p in enumerate(group["params"]) if p is parameter)
+
+
+def _carry(
+    optimizer: Optimizer,
+    old: Tensor,
+    new: Sequence[Tensor],
+    carry: Callable[[Tensor, bool], Sequence[Tensor]],
+) -> None:
+    state = optimizer.state.get(old, {})
+    made: list[dict[str, Any]] = [{} for _ in new]
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim():
+            if value.shape != old.shape or key not in (*_LINEAR, *_SQUARED):
+                return  # it says nothing about the new ones that is known here
+            values: Sequence[Any] = carry(value, key in _SQUARED)
+        else:
+            values = [value.clone() if isinstance(value, Tensor) else value for _ in new]
+        for one, mine in zip(made, values, strict=True):
+            one[key] = mine
+    for parameter, mine in zip(new, made, strict=True):
+        if mine:
+            optimizer.state[parameter] = mine
 
 
 def _follow(

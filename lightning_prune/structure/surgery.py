@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CompatibilityError
-from lightning_prune.structure.groups import Group
-from lightning_prune.structure.layers import attributes_after, attributes_of
+from lightning_prune.structure.groups import Group, attribute_of
+from lightning_prune.structure.heads import settle
+from lightning_prune.structure.layers import attributes_after, attributes_of, write
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,16 @@ class Change:
     Attributes:
         kept: `{parameter or buffer: ((dimension, kept positions), ...)}`, positions ascending.
         attributes: `{module: {attribute: new value}}`.
+        removed: Parameters and buffers that are gone, because another layer stands at their layer's place;
+            one of the same name may have come.
     """
 
     kept: Mapping[str, tuple[tuple[int, Tensor], ...]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.kept)
+        return bool(self.kept or self.removed)
 
     def narrow(self, name: str, tensor: Tensor) -> Tensor:
         """Cut a tensor that has the shape the named one had: a mask, a momentum, an average.
@@ -93,6 +97,7 @@ def change_for(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Te
     names = _names(module)
     slices: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     widths: dict[str, int] = {}
+    values: dict[str, dict[str, int | tuple[int, ...]]] = defaultdict(dict)
     for (name, dim), positions in removed.items():
         gone = torch.unique(torch.cat(positions))
         if not gone.numel():
@@ -100,11 +105,24 @@ def change_for(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Te
         if name.endswith("#"):
             widths[name] = _bare_width(module.get_submodule(name[:-1])) - gone.numel()
             continue
+        if "@" in name:
+            owner, attribute, place = attribute_of(name)
+            value = values[owner].get(attribute) or getattr(module.get_submodule(owner), attribute)
+            values[owner][attribute] = _lower(value, place, gone.numel())
+            continue
         stay = _rest(gone, get_tensor(module, name).shape[dim])
         for alias in names[name]:
             slices[alias].append((dim, stay))
     change = {name: tuple(cuts) for name, cuts in slices.items()}
-    return Change(change, _attributes(module, change, widths))
+    for owner, found in _attributes(module, change, widths).items():
+        values[owner].update(found)
+    return Change(change, dict(values))
+
+
+def _lower(value: int | tuple[int, ...], place: int | None, amount: int) -> int | tuple[int, ...]:
+    if isinstance(value, int):
+        return value - amount
+    return tuple(item - amount * (at == place) for at, item in enumerate(value))
 
 
 def _names(module: nn.Module) -> dict[str, list[str]]:
@@ -174,8 +192,8 @@ def apply(module: nn.Module, change: Change) -> None:
             if gradient is not None:
                 tensor.grad = take(gradient, cuts)
     for name, values in change.attributes.items():
-        for attribute, value in values.items():
-            setattr(module.get_submodule(name), attribute, value)
+        write(module.get_submodule(name), values)
+    settle(module)
 
 
 def get_tensor(module: nn.Module, name: str) -> Tensor:
