@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from common import PACKAGES, environment, table, write
+from common import PACKAGES, environment, option, table, write
 from data import add_data_root
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
@@ -239,12 +238,6 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
     about = environment(torch.get_num_threads(), (*PACKAGES, "torch-pruning"))
     folder = arguments.work if arguments.choose else Path(__file__).parent / "results"
     write(f"accuracy_{name}", config, found, [title, "", *table(head, rows)], about=about, folder=folder)
-
-
-def option(text: str) -> tuple[str, Any]:
-    """Read `key=value`, the value as YAML."""
-    key, _, value = text.partition("=")
-    return key, yaml.safe_load(value)
 
 
 def main() -> None:

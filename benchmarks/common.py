@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "pytorch-lightning", "onnxruntime", "lightning-prune")
@@ -44,6 +47,12 @@ def environment(threads: int = 1, packages: Iterable[str] = PACKAGES) -> dict[st
         "python": platform.python_version(),
         **versions,
     }
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Read `key=value` from the command line, the value as YAML."""
+    key, _, value = text.partition("=")
+    return key, yaml.safe_load(value)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

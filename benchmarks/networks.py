@@ -189,3 +189,71 @@ def normalized(x: Tensor) -> Tensor:
     """Turn uint8 RGB into what the CIFAR ResNets were trained on."""
     mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (CIFAR_MEAN, CIFAR_DEVIATION))
     return (x.float() / 255 - mean) / deviation
+
+
+class ResidualBlock(nn.Module):
+    """The block of ResNet-18 (two 3x3 convolutions) or of ResNet-50 (1x1, 3x3, 1x1, four times as wide)."""
+
+    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        outputs = width * 4 if bottleneck else width
+        kernels = (1, 3, 1) if bottleneck else (3, 3)
+        strides = (1, stride, 1) if bottleneck else (stride, 1)
+        widths = (inputs, *(width,) * (len(kernels) - 1), outputs)
+        layers: list[nn.Module] = []
+        for i, (kernel, step) in enumerate(zip(kernels, strides, strict=True)):
+            layers.append(nn.Conv2d(widths[i], widths[i + 1], kernel, step, kernel // 2, bias=False))
+            layers += [nn.BatchNorm2d(widths[i + 1]), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet(depth: int, classes: int = 1000) -> nn.Sequential:
+    """Make ResNet-18 or ResNet-50 for 224x224 pictures."""
+    counts, bottleneck = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True)}[depth]
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    inputs = 64
+    for i, count in enumerate(counts):
+        for j in range(count):
+            layers.append(ResidualBlock(inputs, 64 << i, 2 if i and not j else 1, bottleneck))
+            inputs = (64 << i) * (4 if bottleneck else 1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: widen, depthwise, narrow; beside a shortcut where the shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
+        super().__init__()
+        hidden = inputs * expand
+        layers: list[nn.Module] = []
+        if expand > 1:
+            layers += [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+        layers.append(nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False))
+        layers += [nn.BatchNorm2d(hidden), nn.ReLU6()]
+        layers += [nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.body = nn.Sequential(*layers)
+        self.same = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) if self.same else self.body(x)
+
+
+def mobilenet_v2(classes: int = 1000) -> nn.Sequential:
+    """Make MobileNetV2 for 224x224 pictures."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+    plan = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2))
+    inputs = 32
+    for expand, outputs, count, stride in (*plan, (6, 320, 1, 1)):
+        for j in range(count):
+            layers.append(InvertedResidual(inputs, outputs, stride if j == 0 else 1, expand))
+            inputs = outputs
+    layers += [nn.Conv2d(320, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes))
