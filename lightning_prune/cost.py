@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -89,11 +90,7 @@ def macs_by_module(
         >>> macs_by_module(net, (torch.zeros(1, 4),))
         {'': 48, '0': 32, '2': 16}
     """
-    kwargs = dict(kwargs or {})
-    try:
-        counts = _count(module, args, kwargs, torch.device("meta"))
-    except Exception:  # noqa: BLE001 - user code may refuse meta tensors in any way; the real run decides
-        counts = _count(module, args, kwargs, None)
+    counts, _ = _count(module, args, dict(kwargs or {}))
     root = type(module).__name__
     total = sum(counts.pop("Global", {}).values()) // 2
     named = {
@@ -104,23 +101,82 @@ def macs_by_module(
     return {"": total, **{name: count for name, count in sorted(named.items()) if count}}
 
 
-def _count(
+def macs_by_weight(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """Count the multiply-accumulates of one forward pass in eval mode, for each parameter they multiply by.
+
+    Args:
+        module: Any module; nothing in it changes.
+        args: Positional inputs of its forward. Their batch size counts.
+        kwargs: Keyword inputs of its forward.
+
+    Returns:
+        `{parameter: MACs}`; `""` is the whole, with products of activations, such as attention's.
+
+    Example:
+        >>> macs_by_weight(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (torch.zeros(1, 4),))
+        {'': 48, '0.weight': 32, '1.weight': 16}
+    """
+    return _count(module, args, dict(kwargs or {}))[1]
+
+
+class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the FLOPs of the operators that run, by the weight they multiply with."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], formulas: Mapping[Any, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.formulas = formulas
+        # Views of a weight, such as its transpose, share its storage.
+        self.names = {t.untyped_storage(): name for name, t in state.items() if t.dim() > 1}
+        self.flops: dict[str, int] = {"": 0}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = self.formulas.get(getattr(func, "overloadpacket", None))
+        if formula is not None:
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            factors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor) and t.dim() > 1]
+            weights = {self.names.get(t.untyped_storage(), "") for t in factors} - {""}
+            self.flops[""] += flops
+            if len(weights) == 1:
+                name = weights.pop()
+                self.flops[name] = self.flops.get(name, 0) + flops
+        return out
+
+
+_Counts = tuple[dict[str, dict[Any, int]], dict[str, int]]
+
+
+def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counts:
+    try:
+        return _count_on(module, args, kwargs, torch.device("meta"))
+    except Exception:  # noqa: BLE001 - user code may refuse meta tensors in any way; the real run decides
+        return _count_on(module, args, kwargs, None)
+
+
+def _count_on(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | None
-) -> dict[str, dict[Any, int]]:
+) -> _Counts:
     def place(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone() if device is None else tensor.detach().to(device)
 
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     state = {name: place(tensor) for name, tensor in tensors.items()}
     args, kwargs = tree_map_only(torch.Tensor, place, (args, kwargs))
+    counter = FlopCounterMode(display=False)
     with (
         eval_mode(module),
         torch.no_grad(),
         countable(real=device is None),
-        FlopCounterMode(display=False) as counter,
+        _ByWeight(state, counter.flop_registry) as spent,  # outside: it sees what the counter decomposed
+        counter,
     ):
         torch.func.functional_call(module, state, args, kwargs)
-    return {name: dict(ops) for name, ops in counter.get_flop_counts().items()}
+    by_module = {name: dict(ops) for name, ops in counter.get_flop_counts().items()}
+    return by_module, {name: flops // 2 for name, flops in spent.flops.items()}
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

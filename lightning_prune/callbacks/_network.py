@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_prune._lightning import NAMESPACES, LightningModule, Trainer
 from lightning_prune.callbacks._inputs import example_inputs, observed_call
 from lightning_prune.errors import TracingError
-from lightning_prune.structure.plan import Example
+from lightning_prune.structure.costs import Example
 
 MAKERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The kinds of layers that make channels."""

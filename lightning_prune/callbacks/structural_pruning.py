@@ -18,11 +18,12 @@ from lightning_prune.errors import ConfigurationError, LightningPruneError, Trac
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
 from lightning_prune.structure import manifest
-from lightning_prune.structure.budget import Budget, Costs, check_search_arguments
+from lightning_prune.structure.budget import Budget, check_search_arguments
+from lightning_prune.structure.costs import METERS, Example
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import GRADIENT_IMPORTANCES, Evidence, importance_named
 from lightning_prune.structure.penalty import Penalty, penalties, press
-from lightning_prune.structure.plan import Dense, Example, Recipe, foresee, measure, plan, survey
+from lightning_prune.structure.plan import Dense, Recipe, foresee, measure, plan, survey
 from lightning_prune.structure.surgery import Change, from_plain, plain
 
 _OWNER = "StructuralPruning"
@@ -250,6 +251,13 @@ class StructuralPruning(Callback):
             mine = [p for group in optimizer.param_groups for p in group["params"]]
             press(self._penalties, strength, mine)
 
+    def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
+        """See the network anew when other layers have taken the place of some."""
+        if change.removed and self._example is not None:
+            self._evidence = Evidence()
+            network = _network.traced(pl_module, self._calls)
+            self._take_stock(network, survey(network, self._example, self._choose))
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind on a module that is as it was."""
         _checkpoint_hooks.uninstall(pl_module)
@@ -321,7 +329,7 @@ class StructuralPruning(Callback):
         assert self._dense is not None
         assert self._example is not None
         for kind in dict.fromkeys((self.budget.kind, "macs", "params")):
-            cost = Costs(network, groups, kind, *self._example.single)({})
+            cost = METERS[kind](network, groups, self._example)({})
             self._now[kind] = cost / max(1.0, self._dense.costs[kind])
         self._widths = {group.name: group.channels for group in groups}
         self._skipped = {group.name: group.reason for group in groups if group.reason}

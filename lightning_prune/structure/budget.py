@@ -7,22 +7,18 @@ to be needed: of what is left, no step can be undone without going over the budg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from math import ceil, lcm
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from lightning_prune.cost import copied, count_macs, macs_by_module, skeleton
 from lightning_prune.errors import BudgetError, ConfigurationError
-from lightning_prune.structure.groups import Group
-from lightning_prune.structure.surgery import Change, apply, change_for, get_tensor
+from lightning_prune.structure.costs import Kept
+from lightning_prune.structure.groups import Group, Member
 
-Kept = Mapping[str, Tensor]
-SCOPES = ("global", "layer")
+SCOPES = ("global", "isomorphic", "layer")
 
 
 @dataclass(frozen=True)
@@ -113,9 +109,14 @@ def granularity(group: Group, dense: int, round_to: int | str) -> int:
         >>> granularity(group, 24, "auto"), granularity(group, 24, 10), granularity(group, 24, 1)
         (8, 10, 1)
     """
+    unit = group.step  # what one step takes from the layer whose width is rounded
+
+    def multiple(of: int) -> int:
+        return group.step * (lcm(unit, of) // unit)
+
     if round_to != "auto":
-        return lcm(group.step, int(round_to))
-    return next((m for m in (lcm(group.step, r) for r in (16, 8)) if 2 * m <= dense), lcm(group.step, 4))
+        return multiple(int(round_to))
+    return next((m for m in map(multiple, (16, 8)) if 2 * m <= dense), multiple(4))
 
 
 def widths(group: Group, dense: int, round_to: int | str, max_ratio: float) -> list[int]:
@@ -146,8 +147,8 @@ def order(
     groups: Sequence[Group],
     scores: Mapping[str, Tensor],
     dense: Mapping[str, int],
+    kinds: Mapping[str, Hashable],
     *,
-    scope: str,
     round_to: int | str,
     max_ratio: float,
 ) -> list[Step]:
@@ -157,7 +158,8 @@ def order(
         groups: The channel groups.
         scores: `{group: importance of each channel}`, comparable between groups.
         dense: `{group: width in the dense network}`.
-        scope: `"global"`: least important first, over all groups. `"layer"`: every group shrinks alike.
+        kinds: `{group: kind}`, as `kinds_of` gives it: least important first among those of one kind, and all
+            kinds shrink alike.
         round_to: See `granularity`.
         max_ratio: See `widths`.
 
@@ -166,41 +168,93 @@ def order(
 
     Example:
         >>> group = Group("conv", 4, (), torch.arange(4), torch.zeros(4, dtype=torch.int64))
-        >>> steps = order([group], {"conv": torch.tensor([3.0, 1, 2, 4])}, {"conv": 4}, scope="global",
+        >>> steps = order([group], {"conv": torch.tensor([3.0, 1, 2, 4])}, {"conv": 4}, {"conv": 0},
         ...               round_to=1, max_ratio=0.5)
         >>> [step.kept.tolist() for step in steps]
         [[0, 2, 3], [0, 3]]
     """
-    steps: list[tuple[float, int, int, Step]] = []
-    for place, group in enumerate(groups):
+    ladders = []
+    for group in groups:
         allowed = widths(group, dense.get(group.name, group.channels), round_to, max_ratio)
-        if not allowed:
-            continue
-        atom_scores = torch.zeros(group.atoms).index_add_(0, group.atom, scores[group.name])
-        atom_scores /= group.channels // group.atoms
-        ranks = _by_block(group, atom_scores)
-        key, before = 0.0, group.channels
-        for turn, width in enumerate(allowed):
-            keep, last = (
-                _best(ranks, w * group.atoms // group.channels // group.blocks) for w in (width, before)
-            )
-            gone = torch.isin(last, keep, invert=True)
-            worth = float(atom_scores[last[gone]].mean())
-            # A later step of a group is never worth less than an earlier one: they can only come in order.
-            key = max(key, worth) if scope == "global" else 1 - width / dense.get(group.name, group.channels)
-            steps.append((key, place, turn, Step(key, group.name, group.channels_of(keep))))
-            before = width
-    return [step for *_, step in sorted(steps, key=lambda entry: entry[:3])]
+        if allowed:
+            ladders.append((group, _ladder(group, scores[group.name], allowed)))
+    return _side_by_side(ladders, dense, kinds)
+
+
+def _ladder(group: Group, scores: Tensor, allowed: Sequence[int]) -> list[Step]:
+    """One group's steps, each with the mean importance of an atom that it takes as its key."""
+    atoms = torch.zeros(group.atoms).index_add_(0, group.atom, scores) / (group.channels // group.atoms)
+    ranks = _by_block(group, atoms)
+    rank = torch.empty(group.atoms, dtype=torch.int64)
+    rank[ranks.flatten()] = torch.arange(ranks.shape[1]).repeat(group.blocks)
+    rank = rank[group.atom]
+    best = atoms[ranks].double().sum(0).cumsum(0)
+    steps, key, before = [], 0.0, ranks.shape[1]
+    for width in allowed:
+        left = width * group.atoms // group.channels // group.blocks
+        worth = float(best[before - 1] - best[left - 1]) / ((before - left) * group.blocks)
+        # A later step of a group is never worth less than an earlier one: they can only come in order.
+        key, before = max(key, worth), left
+        steps.append(Step(key, group.name, (rank < left).nonzero().flatten()))
+    return steps
+
+
+def _side_by_side(
+    ladders: Sequence[tuple[Group, list[Step]]], dense: Mapping[str, int], kinds: Mapping[str, Hashable]
+) -> list[Step]:
+    """Rank steps within each kind of group; all kinds lose the same fraction of their channels."""
+    together: dict[Hashable, list[tuple[Group, list[Step]]]] = {}
+    for group, ladder in ladders:
+        together.setdefault(kinds[group.name], []).append((group, ladder))
+    keyed = []
+    for members in together.values():
+        left = {group.name: group.channels for group, _ in members}
+        whole = sum(dense.get(name, width) for name, width in left.items())
+        remaining = sum(left.values())
+        for step in sorted((step for _, ladder in members for step in ladder), key=lambda step: step.key):
+            remaining += len(step.kept) - left[step.group]
+            left[step.group] = len(step.kept)
+            keyed.append(replace(step, key=1 - remaining / whole))
+    return sorted(keyed, key=lambda step: step.key)
+
+
+def kinds_of(module: nn.Module, groups: Sequence[Group], scope: str) -> dict[str, Hashable]:
+    """Say which groups are ranked among each other.
+
+    Args:
+        module: The network.
+        groups: Its channel groups.
+        scope: `"global"`: all. `"layer"`: none. `"isomorphic"`: those that are made of the same types of
+            layers, joined alike, whatever their widths, because only their importances compare: isomorphic
+            pruning (Fang et al. 2024, arXiv:2407.04616, section 3.2).
+
+    Returns:
+        `{group: kind}`.
+
+    Example:
+        >>> from lightning_prune.structure.graph import trace
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
+        >>> groups = trace(net, (torch.zeros(2, 2),))
+        >>> [len(set(kinds_of(net, groups, scope).values())) for scope in SCOPES]
+        [1, 3, 3]
+    """
+    if scope == "global":
+        return {group.name: scope for group in groups}
+    if scope == "layer":
+        return {group.name: group.name for group in groups}
+    return {group.name: tuple(sorted(_place(module, member) for member in group.members)) for group in groups}
+
+
+def _place(module: nn.Module, member: Member) -> tuple[str, str, int, bool]:
+    mark = next((mark for mark in "@#" if mark in member.tensor), ".")
+    owner, _, leaf = member.tensor.rpartition(mark)
+    return type(module.get_submodule(owner)).__name__, leaf, member.dim, member.reads
 
 
 def _by_block(group: Group, scores: Tensor) -> Tensor:
     """The atoms of each block, most important first, shape (blocks, atoms of a block)."""
     ranked = torch.argsort(scores, descending=True, stable=True)
     return torch.stack([ranked[group.block[ranked] == block] for block in range(group.blocks)])
-
-
-def _best(ranks: Tensor, count: int) -> Tensor:
-    return ranks[:, :count].flatten()
 
 
 def kept_after(steps: Sequence[Step], count: int) -> dict[str, Tensor]:
@@ -213,138 +267,60 @@ def kept_after(steps: Sequence[Step], count: int) -> dict[str, Tensor]:
     return {step.group: step.kept for step in steps[:count]}
 
 
-def search(steps: Sequence[Step], cost: Callable[[Kept], float], allowed: float) -> tuple[int, float]:
-    """Find the fewest steps that bring the cost to or under what is allowed, by bisection.
+def search(steps: Sequence[Step], fits: Callable[[Kept], bool]) -> int:
+    """Find the fewest steps that meet a budget, by bisection.
 
     Args:
         steps: The steps in order.
-        cost: What the network costs when each group keeps these channels; never rises with more steps.
-        allowed: The most it may cost.
+        fits: Whether the network meets it when each group keeps these channels; never changes from yes to no
+            with more steps.
 
     Returns:
-        How many steps, and the cost then. All of them if none meets it.
+        How many steps. All of them if none meets it.
 
     Example:
         >>> steps = [Step(0.1, "a", torch.arange(3)), Step(0.2, "a", torch.arange(2))]
-        >>> search(steps, lambda kept: 10.0 * len(kept.get("a", range(4))), allowed=35)
-        (1, 30.0)
+        >>> search(steps, lambda kept: len(kept.get("a", range(4))) <= 3)
+        1
     """
     low, high = 0, len(steps)
-    costs: dict[int, float] = {}
     while low < high:
         middle = (low + high) // 2
-        costs[middle] = cost(kept_after(steps, middle))
-        low, high = (low, middle) if costs[middle] <= allowed else (middle + 1, high)
-    return low, costs[low] if low in costs else cost(kept_after(steps, low))
+        low, high = (low, middle) if fits(kept_after(steps, middle)) else (middle + 1, high)
+    return low
 
 
-def give_back(steps: Sequence[Step], cost: Callable[[Kept], float], allowed: float) -> dict[str, Tensor]:
+def give_back(steps: Sequence[Step], fits: Callable[[Kept], bool]) -> dict[str, Tensor]:
     """Undo steps that are not needed, the most important first.
 
     Args:
         steps: The steps of a plan that meets the budget, in order.
-        cost: What the network costs when each group keeps these channels.
-        allowed: The most it may cost.
+        fits: Whether the network meets it when each group keeps these channels.
 
     Returns:
-        What each group keeps; undoing one more step of any group would cost more than is allowed.
+        What each group keeps; undoing one more step of any group would not meet the budget any more.
 
     Example:
         >>> steps = [Step(0.1, "a", torch.arange(3)), Step(0.2, "b", torch.arange(1))]
-        >>> cost = lambda kept: 1.0 * len(kept.get("a", range(4))) + 10 * len(kept.get("b", range(2)))
-        >>> sorted(give_back(steps, cost, allowed=14))
+        >>> cost = lambda kept: len(kept.get("a", range(4))) + 10 * len(kept.get("b", range(2)))
+        >>> sorted(give_back(steps, lambda kept: cost(kept) <= 14))
         ['b']
     """
     chains: dict[str, list[Tensor]] = {}
     for step in steps:
         chains.setdefault(step.group, []).append(step.kept)
-
-    def kept() -> dict[str, Tensor]:
-        return {group: chain[-1] for group, chain in chains.items() if chain}
-
+    kept = kept_after(steps, len(steps))
     for group in dict.fromkeys(step.group for step in reversed(steps)):
-        while chains[group]:
-            last = chains[group].pop()
-            if cost(kept()) > allowed:
-                chains[group].append(last)
+        chain = chains[group]
+        while chain:
+            wider = {name: stay for name, stay in kept.items() if name != group}
+            if len(chain) > 1:
+                wider[group] = chain[-2]
+            if not fits(wider):
                 break
-    return kept()
-
-
-class Costs:
-    """What a network would cost if its groups kept less, without cutting it.
-
-    Args:
-        module: The network; nothing in it changes.
-        groups: Its channel groups.
-        kind: `"channels"`, `"params"` or `"macs"`.
-        args: Positional example inputs, for MACs; their batch size counts.
-        kwargs: Keyword example inputs.
-
-    Example:
-        >>> costs = Costs(nn.Linear(4, 2), [], "params")
-        >>> costs({})
-        10.0
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        groups: Sequence[Group],
-        kind: str,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.module, self.groups, self.kind = module, groups, kind
-        self.args, self.kwargs = args, dict(kwargs or {})
-        self.layers: dict[str, int] = {}
-        self.exact = True
-        if kind == "macs":
-            counts = macs_by_module(module, args, self.kwargs)
-            weighted = (nn.modules.conv._ConvNd, nn.Linear)
-            self.layers = {n: c for n, c in counts.items() if isinstance(module.get_submodule(n), weighted)}
-            # What runs outside layers with a weight, such as attention, is not proportional to one.
-            self.exact = sum(self.layers.values()) == counts[""]
-
-    def __call__(self, kept: Kept) -> float:
-        """Return the cost when each group keeps these channels."""
-        if self.kind == "channels":
-            free = [group for group in self.groups if not group.reason]
-            return float(sum(len(kept[g.name]) if g.name in kept else g.channels for g in free))
-        change = change_for(self.module, self.groups, kept)
-        if self.kind == "params":
-            return float(sum(_numel(p, name, change) for name, p in self.module.named_parameters()))
-        return self._proportional(change) if self.exact else self.measured(change)
-
-    def _proportional(self, change: Change) -> float:
-        total = 0.0
-        for name, macs in self.layers.items():
-            weight = f"{name}.weight" if name else "weight"
-            tensor = get_tensor(self.module, weight)
-            total += macs * _numel(tensor, weight, change) // tensor.numel()
-        return total
-
-    def measured(self, change: Change) -> float:
-        """Count the MACs of a copy that was really cut."""
-        try:
-            smaller = skeleton(self.module)
-            apply(smaller, change)
-            return float(count_macs(smaller, *tree_map_only(Tensor, _to_meta, (self.args, self.kwargs))))
-        except Exception:  # noqa: BLE001 - user code may refuse meta tensors in any way; the real run decides
-            smaller = copied(self.module)
-            apply(smaller, change)
-            return float(count_macs(smaller, self.args, self.kwargs))
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("meta")
-
-
-def _numel(tensor: Tensor, name: str, change: Change) -> int:
-    shape = list(tensor.shape)
-    for dim, kept in change.kept.get(name, ()):
-        shape[dim] = kept.numel()
-    return torch.Size(shape).numel()
+            kept = wider
+            chain.pop()
+    return kept
 
 
 def check_search_arguments(scope: str, round_to: int | str, max_ratio: float) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_prune.errors import BudgetError, ConfigurationError
-from lightning_prune.structure.budget import Budget, Costs, give_back, kept_after, order, search
+from lightning_prune.structure.budget import Budget, Step, give_back, kept_after, kinds_of, order, search
+from lightning_prune.structure.costs import METERS, Costs, Example, Kept, Meter
 from lightning_prune.structure.graph import trace
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import IMPORTANCES, magnitude
@@ -28,21 +28,6 @@ class Recipe:
     scope: str = "global"
     round_to: int | str = "auto"
     max_ratio: float = 0.9
-
-
-@dataclass(frozen=True)
-class Example:
-    """The inputs a network is run with: two samples where it can be told, one for counting costs.
-
-    Attributes:
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        single: The same, of one sample.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    single: tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -117,8 +102,19 @@ def survey(
     return prove(module, groups, example.args, example.kwargs)
 
 
-def measure(module: nn.Module, groups: Sequence[Group], example: Example) -> Dense:
+def measure(
+    module: nn.Module,
+    groups: Sequence[Group],
+    example: Example,
+    meters: Mapping[str, Meter] = METERS,
+) -> Dense:
     """Take down what the network is now, as the dense one.
+
+    Args:
+        module: The network.
+        groups: Its channel groups.
+        example: Its inputs.
+        meters: `{kind: what makes its costs}`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
@@ -128,28 +124,41 @@ def measure(module: nn.Module, groups: Sequence[Group], example: Example) -> Den
         {'channels': 8.0, 'params': 58.0, 'macs': 48.0}
     """
     widths = {group.name: group.channels for group in groups}
-    kinds = tuple(_AMOUNTS)
-    return Dense(widths, {kind: Costs(module, groups, kind, *example.single)({}) for kind in kinds})
+    return Dense(widths, {kind: meter(module, groups, example)({}) for kind, meter in meters.items()})
 
 
 def foresee(
-    module: nn.Module, groups: Sequence[Group], recipe: Recipe, dense: Dense, example: Example
+    module: nn.Module,
+    groups: Sequence[Group],
+    recipe: Recipe,
+    dense: Dense,
+    example: Example,
+    meter: Meter | None = None,
 ) -> Outlook:
     """Work out, before training, what the budget will come to.
+
+    Args:
+        module: The network as it is now.
+        groups: Its channel groups.
+        recipe: What is asked.
+        dense: What ratios are relative to.
+        example: Its inputs.
+        meter: Makes the costs; by default the budget's own of `costs.METERS`.
 
     Raises:
         BudgetError: It cannot be reached; the message says what can, and what stands in the way.
     """
     kind = recipe.budget.kind
-    costs = Costs(module, groups, kind, *example.single)
+    costs = (meter or METERS[kind])(module, groups, example)
     steps = _steps(module, groups, recipe, dense)
     allowed = dense.costs[kind] * recipe.budget.fraction
-    count, planned = search(steps, costs, allowed)
-    smallest = costs(kept_after(steps, len(steps)))
-    if planned > allowed:
+    least = kept_after(steps, len(steps))
+    costs.confirm(least)
+    smallest = costs(least)
+    kept = _meet(steps, costs, allowed)
+    if kept is None:
         raise _unreachable(recipe, dense, groups, smallest)
-    planned = costs(give_back(steps[:count], costs, allowed))
-    return Outlook(kind, dense.costs[kind], costs({}), allowed, planned, smallest)
+    return Outlook(kind, dense.costs[kind], costs({}), allowed, costs(kept), smallest)
 
 
 def plan(
@@ -160,6 +169,7 @@ def plan(
     level: float,
     example: Example,
     scores: Mapping[str, Tensor] | None = None,
+    meter: Meter | None = None,
 ) -> Change:
     """Choose what goes so that the network meets its budget at a level of the schedule.
 
@@ -174,6 +184,7 @@ def plan(
         example: Inputs.
         scores: `{group: importance of each channel}` where it was gathered in training; the others' come
             from the weights.
+        meter: Makes the costs; by default the budget's own of `costs.METERS`.
 
     Returns:
         The change to apply; empty if the network meets the budget as it is.
@@ -181,53 +192,40 @@ def plan(
     Raises:
         BudgetError: The budget cannot be reached with cuts that are right.
     """
+    kind = recipe.budget.kind
+    allowed = dense.costs[kind] * recipe.budget.fraction_at(level)
+    costs = (meter or METERS[kind])(module, groups, example)
+    if costs.within({}, allowed):
+        return Change()
     groups = list(groups)
     while True:
-        kept = _kept(module, groups, recipe, dense, level, example, scores or {})
-        failed = failing(module, groups, kept, example.args, example.kwargs) if kept else set()
+        steps = _steps(module, groups, recipe, dense, scores)
+        kept = _meet(steps, costs, allowed)
+        if kept is None:
+            raise _unreachable(recipe, dense, groups, costs(kept_after(steps, len(steps))))
+        failed = failing(module, groups, kept, example.args, example.kwargs)
         if not failed:
             return change_for(module, groups, kept)
         # What was proven with other widths does not hold for these; the others may still do.
         groups = [replace(g, reason="a trial cut failed") if g.name in failed else g for g in groups]
 
 
-def _kept(
-    module: nn.Module,
-    groups: Sequence[Group],
-    recipe: Recipe,
-    dense: Dense,
-    level: float,
-    example: Example,
-    scores: Mapping[str, Tensor],
-) -> Mapping[str, Tensor]:
-    kind = recipe.budget.kind
-    allowed = dense.costs[kind] * recipe.budget.fraction_at(level)
-    costs = Costs(module, groups, kind, *example.single)
-    if costs({}) <= allowed:
-        return {}
-    steps = _steps(module, groups, recipe, dense, scores)
-    count, reached = search(steps, costs, allowed)
-    if kind == "macs" and costs.exact:
-        count, reached = _confirm(costs, module, groups, steps, count, allowed)
-    if reached > allowed:
-        raise _unreachable(recipe, dense, groups, reached)
-    return give_back(steps[:count], costs, allowed)
+def _meet(steps: Sequence[Step], costs: Costs, allowed: float) -> dict[str, Tensor] | None:
+    """Find what to keep so that the cost is allowed and no step of it could be undone; None if nothing is."""
 
+    def fits(kept: Kept) -> bool:
+        return costs.within(kept, allowed)
 
-def _confirm(
-    costs: Costs,
-    module: nn.Module,
-    groups: Sequence[Group],
-    steps: Sequence[Any],
-    count: int,
-    allowed: float,
-) -> tuple[int, float]:
-    """Count what the cut really costs, and take another step for as long as that is too much."""
     while True:
-        reached = costs.measured(change_for(module, groups, kept_after(steps, count)))
-        if reached <= allowed or count == len(steps):
-            return count, reached
-        count += 1
+        count = search(steps, fits)
+        kept = kept_after(steps, count)
+        if not fits(kept):
+            if costs.confirm(kept):
+                return None
+            continue
+        kept = give_back(steps[:count], fits)
+        if costs.confirm(kept):
+            return kept
 
 
 def _steps(
@@ -236,15 +234,14 @@ def _steps(
     recipe: Recipe,
     dense: Dense,
     gathered: Mapping[str, Tensor] | None = None,
-) -> list[Any]:
+) -> list[Step]:
     # Before training there are no gradients; what they will say is foreseen by the weights' size.
     score = IMPORTANCES.get(recipe.importance, magnitude)
     known = gathered or {}
     free = [g for g in groups if not g.reason]
     scores = {g.name: known[g.name] if g.name in known else score(module, g) for g in free}
-    return order(
-        groups, scores, dense.widths, scope=recipe.scope, round_to=recipe.round_to, max_ratio=recipe.max_ratio
-    )
+    kinds = kinds_of(module, free, recipe.scope)
+    return order(free, scores, dense.widths, kinds, round_to=recipe.round_to, max_ratio=recipe.max_ratio)
 
 
 def _unreachable(recipe: Recipe, dense: Dense, groups: Sequence[Group], smallest: float) -> BudgetError:
