@@ -39,16 +39,44 @@ _KINDS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 }
 
 
+class Bypass(nn.Module):
+    """Stands for a block that is called with several arguments, or returns a tuple.
+
+    Args:
+        layer: What its first argument goes through; the others have no effect.
+        tuple_of: How long a tuple it returns, of which all but the first are None; 0: one tensor.
+
+    Raises:
+        ValueError: `tuple_of` is no length.
+
+    Example:
+        >>> Bypass(nn.Identity(), tuple_of=2)(torch.ones(1), mask=None)
+        (tensor([1.]), None)
+    """
+
+    def __init__(self, layer: nn.Module, tuple_of: int = 0) -> None:
+        super().__init__()
+        if type(tuple_of) is not int or not 0 <= tuple_of <= 100:
+            raise ValueError(f"tuple_of={tuple_of!r}")
+        self.layer = layer
+        self.tuple_of = tuple_of
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass the first argument on."""
+        out = self.layer(args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
+        return (out, *[None] * (self.tuple_of - 1)) if self.tuple_of else out
+
+
 def spec_of(layer: nn.Module) -> dict[str, Any]:
     """Describe a layer as plain data.
 
     Args:
-        layer: An `nn.Identity`, `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, or an `nn.Sequential`
-            of such.
+        layer: An `nn.Identity`, `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, an `nn.Sequential` of
+            such, or a `Bypass` around one.
 
     Returns:
-        `{"kind": ..., "arguments": {...}}`, or `{"kind": "Sequential", "children": [...]}`: strings, numbers,
-        booleans and lists only.
+        `{"kind": ..., "arguments": {...}}`, or `{"kind": "Sequential" or "Bypass", "children": [...]}`:
+        strings, numbers, booleans and lists only.
 
     Raises:
         TypeError: It is another kind of layer.
@@ -59,6 +87,8 @@ def spec_of(layer: nn.Module) -> dict[str, Any]:
     """
     if type(layer) is nn.Sequential:
         return {"kind": "Sequential", "children": [spec_of(child) for child in layer]}
+    if type(layer) is Bypass:
+        return {"kind": "Bypass", "children": [spec_of(layer.layer)], "tuple_of": layer.tuple_of}
     kind = type(layer).__name__
     known, names = _KINDS.get(kind, (None, ()))
     if type(layer) is not known:
@@ -90,6 +120,9 @@ def build(spec: Spec) -> nn.Module:
     try:
         if spec["kind"] == "Sequential":
             return nn.Sequential(*map(build, spec["children"]))
+        if spec["kind"] == "Bypass":
+            (child,) = spec["children"]
+            return Bypass(build(child), spec["tuple_of"])
         kind, names = _KINDS[spec["kind"]]
         given = spec["arguments"]
         if set(given) != ({*names, "bias"} if names else set()):
@@ -103,7 +136,8 @@ def build(spec: Spec) -> nn.Module:
 def put(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Put a layer in the place of another, and mark it.
 
-    Hooks registered on the old layer run with the new one, and handles still remove them.
+    Hooks registered on the old layer run with the new one, and handles still remove them. In the place of
+    frozen layers stand frozen ones.
 
     Args:
         module: The network; not the layer itself.
@@ -129,6 +163,8 @@ def put(module: nn.Module, name: str, new: nn.Module) -> nn.Module:
     old = module.get_submodule(name)
     # A tuple, because a module would be registered as a child.
     vars(new)[_WAS] = vars(old)[_WAS] if _WAS in vars(old) else (_hollow(old),)
+    if not any(parameter.requires_grad for parameter in (*old.parameters(), *was(new).parameters())):
+        new.requires_grad_(False)
     _take_place(module, name, old, new)
     return old
 
@@ -141,10 +177,24 @@ def take_out(module: nn.Module, name: str) -> None:
         name: The place of a layer that `put` put in.
     """
     new = module.get_submodule(name)
-    (was,) = vars(new)[_WAS]
+    old = was(new)
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), "cpu")
-    old = _with_parameters(was, lambda p: torch.empty_like(p, device=device))
+    old = _with_parameters(old, lambda p: torch.empty_like(p, device=device))
     _take_place(module, name, new, old.to(device))
+
+
+def was(layer: nn.Module) -> nn.Module:
+    """Return what stood at a place before `put`, without the numbers of its parameters.
+
+    Args:
+        layer: A layer that `put` put in.
+
+    Returns:
+        The layer, its parameters on the meta device.
+    """
+    (old,) = vars(layer)[_WAS]
+    assert isinstance(old, nn.Module)
+    return old
 
 
 def replaced(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -213,8 +263,9 @@ def bring_in_line(module: nn.Module, wanted: Mapping[str, Spec]) -> None:
 
 def _form(spec: Spec | None) -> Any:
     """What a description says but for widths."""
-    if spec is None or spec["kind"] == "Sequential":
-        return None if spec is None else [_form(child) for child in spec["children"]]
+    if spec is None or "children" in spec:
+        children = [] if spec is None else [_form(child) for child in spec["children"]]
+        return None if spec is None else (spec["kind"], spec.get("tuple_of"), children)
     arguments = {name: value for name, value in spec["arguments"].items() if name not in _WIDTHS}
     return spec["kind"], arguments
 
