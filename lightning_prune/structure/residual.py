@@ -20,7 +20,19 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.cost import countable, eval_mode
 
-_MIXING = tuple("conv mm linear attention pool softmax upsample embedding lstm gru rnn fft cumsum".split())
+_MIXING = (
+    "conv",
+    "mm",
+    "linear",
+    "attention",
+    "pool",
+    "softmax",
+    "upsample",
+    "embedding",
+    "lstm",
+    "gru",
+    "fft",
+)
 """Parts of the names of operators whose output holds nothing of their input as it was."""
 
 _SUMS = ("add", "sub", "rsub", "addcmul", "addcdiv", "lerp")
