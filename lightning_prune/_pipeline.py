@@ -6,6 +6,7 @@ disk or a kill leaves the last good export as it was. The modules that come in a
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,12 +71,14 @@ def run(task: Task, progress: Progress | None = None) -> Report:
 
 
 def _files_of(dirpath: Path) -> set[str]:
-    """Return the ONNX files of the export that is in a directory already."""
+    """Return the ONNX files of the export that is in a directory already, with those of large weights."""
     try:
         variants = Report.load(dirpath).variants
     except ConfigurationError:
         return set()
-    return {v.file for v in variants if v.file.endswith(".onnx") and "/" not in v.file}
+    models = {v.file for v in variants if v.file.endswith(".onnx") and "/" not in v.file}
+    weights = {p.name for name in models for p in dirpath.glob(f"{glob.escape(name[:-5])}.????????.data")}
+    return models | weights
 
 
 def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:

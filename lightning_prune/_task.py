@@ -12,10 +12,10 @@ from lightning_prune._lightning import LightningModule
 from lightning_prune.deploy.calls import Call
 from lightning_prune.deploy.environment import environment
 from lightning_prune.deploy.evaluate import has_data
-from lightning_prune.deploy.files import compressed_size
 from lightning_prune.deploy.onnx import Exported, Onnx
 from lightning_prune.deploy.profile import Profile, ProfileResult
 from lightning_prune.deploy.quantize import Quantize, Quantized
+from lightning_prune.deploy.storage import sizes_of
 from lightning_prune.deploy.weights import count_weights, least_file_bytes
 from lightning_prune.report.protocol import with_profile
 from lightning_prune.report.results import Report, Variant
@@ -124,6 +124,7 @@ def _without_profile(report: Report, task: Task, reason: str) -> Report:
 def _variant(name: str, item: Made, task: Task) -> Variant:
     path = item.exported.path
     parameters, nonzero = count_weights(path)
+    size, compressed = sizes_of(path)
     missing: dict[str, str] = {}
     if not item.metrics:
         none = "no validation data" if not has_data(task.data.val, task.data.limit) else "the loop logs none"
@@ -134,8 +135,8 @@ def _variant(name: str, item: Made, task: Task) -> Variant:
     return Variant(
         name=name,
         file=path.name,
-        bytes=path.stat().st_size,
-        compressed_bytes=compressed_size(path),
+        bytes=size,
+        compressed_bytes=compressed,
         least_bytes=least_file_bytes(path),
         parameters=parameters,
         nonzero=nonzero,

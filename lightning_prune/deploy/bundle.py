@@ -8,21 +8,23 @@ signed with Ed25519, its models encrypted with AES-256-GCM. Nothing in it is eve
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import os
 import secrets
+import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_prune.deploy import bundle_runner
-from lightning_prune.deploy.files import staged, write_whole
+from lightning_prune.deploy.files import appearing, staged, write_whole
 from lightning_prune.deploy.runtime import Feed, open_session
+from lightning_prune.deploy.storage import data_files
 from lightning_prune.errors import ConfigurationError, ExportError, MissingDependencyError
 
 MANIFEST, SIGNATURE, SAMPLES = bundle_runner.MANIFEST, bundle_runner.SIGNATURE, bundle_runner.SAMPLES
@@ -54,7 +56,7 @@ def write_bundle(
     folder = Path(dirpath)
     few = {k: v[:SAMPLE_COUNT] if k in batched else v for k, v in inputs.items()}
     arrays = {f"input|{name}": array for name, array in few.items()}
-    variants = []
+    variants: list[dict[str, Any]] = []
     for name, file in models.items():
         session = open_session(folder / file, threads=1)
         results = session.run(None, few)
@@ -64,20 +66,26 @@ def write_bundle(
         variants.append(
             {"name": name, "file": file, "tolerance": INTEGER_TOLERANCE if integer else FLOAT_TOLERANCE}
         )
+        weights = {part.name: part.name for part in data_files(folder / file)}
+        variants[-1].update({"data": weights} if weights else {})
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_whole(folder / SAMPLES, buffer.getvalue())
     write_whole(folder / RUNNER, Path(bundle_runner.__file__).read_bytes())
     facts = {"variants": variants, "batched_inputs": list(batched)}
-    return write_manifest(folder, facts, [*models.values(), SAMPLES, RUNNER])
+    return write_manifest(folder, facts, [*_files_of(variants), SAMPLES, RUNNER])
+
+
+def _files_of(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for v in variants for name in (v["file"], *v.get("data", {}).values())]
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], names: Sequence[str]) -> Path:
     """Write the sums of files in a directory, and facts about them; reports beside them may change."""
     files = {}
     for name in sorted(names):
-        data = (folder / name).read_bytes()
-        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        path = folder / name
+        files[name] = {"sha256": bundle_runner.digest(path), "bytes": path.stat().st_size}
     text = json.dumps({"schema": SCHEMA, **facts, "files": files}, indent=2) + "\n"
     return write_whole(folder / MANIFEST, text.encode())
 
@@ -136,16 +144,16 @@ def seal_bundle(
     variants = []
     with staged(target, last=MANIFEST) as stage:
         for variant in manifest["variants"]:
-            data = (source / variant["file"]).read_bytes()
             if key is not None:
-                data = _encrypted(data, key, variant["name"])
-                variant = {**variant, "file": f"{variant['file']}.enc", "encrypted": "AES-256-GCM"}
-            write_whole(stage / variant["file"], data)
+                variant = _encrypt(source, stage, variant, key)
+            else:
+                for name in _files_of([variant]):
+                    _copy(source / name, stage / name)
             variants.append(variant)
         for name in (SAMPLES, RUNNER):
-            write_whole(stage / name, (source / name).read_bytes())
+            _copy(source / name, stage / name)
         facts = {k: v for k, v in manifest.items() if k not in ("schema", "files")} | {"variants": variants}
-        path = write_manifest(stage, facts, [*(v["file"] for v in variants), SAMPLES, RUNNER])
+        path = write_manifest(stage, facts, [*_files_of(variants), SAMPLES, RUNNER])
         if signer is not None:
             write_whole(stage / SIGNATURE, signer.sign(path.read_bytes()).hex().encode())
     return Path(target)
@@ -168,18 +176,18 @@ def archive_bundle(dirpath: str | Path, path: str | Path | None = None) -> Path:
     folder = Path(dirpath)
     names = [*verify_bundle(folder)["files"], MANIFEST]
     names += [SIGNATURE] if (folder / SIGNATURE).exists() else []
-    buffer = io.BytesIO()
+    target = Path(path) if path is not None else folder.with_name(f"{folder.name}.tar.gz")
     with (
-        gzip.GzipFile(filename="", fileobj=buffer, mode="wb", mtime=0) as packed,
+        appearing(target) as file,
+        gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
         for name in sorted(names):
-            data = (folder / name).read_bytes()
             entry = tarfile.TarInfo(f"{folder.name}/{name}")
-            entry.size, entry.mode = len(data), 0o755 if name == RUNNER else 0o644
-            archive.addfile(entry, io.BytesIO(data))
-    target = Path(path) if path is not None else folder.with_name(f"{folder.name}.tar.gz")
-    return write_whole(target, buffer.getvalue())
+            entry.size, entry.mode = (folder / name).stat().st_size, 0o755 if name == RUNNER else 0o644
+            with (folder / name).open("rb") as source:
+                archive.addfile(entry, source)
+    return target
 
 
 def _cryptography() -> None:
@@ -219,9 +227,27 @@ def _encryption_key(path: str | Path | None) -> bytes:
         raise ConfigurationError("seal_bundle: the key must be 64 hexadecimal digits.") from error
 
 
-def _encrypted(data: bytes, key: bytes, name: str) -> bytes:
+def _encrypt(source: Path, target: Path, variant: Mapping[str, Any], key: bytes) -> dict[str, Any]:
+    """Encrypt a variant's files, each under a label of its own, so that none can take another's place."""
+    name, file = variant["name"], variant["file"]
+    plain = {name: file, **{f"{name}|{weights}": weights for weights in variant.get("data", {})}}
+    for label, part in plain.items():
+        _seal(source / part, target / f"{part}.enc", key, label)
+    data = {"data": {weights: f"{weights}.enc" for weights in variant["data"]}} if "data" in variant else {}
+    return {**variant, "file": f"{file}.enc", "encrypted": "AES-256-GCM", **data}
+
+
+def _seal(source: Path, target: Path, key: bytes, label: str) -> None:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    nonce = secrets.token_bytes(12)
-    sealed: bytes = nonce + AESGCM(key).encrypt(nonce, data, name.encode())
-    return sealed
+    count = max(1, ceil(source.stat().st_size / bundle_runner.CHUNK))
+    with source.open("rb") as plain, appearing(target) as sealed:
+        for number in range(count):
+            nonce = secrets.token_bytes(12)
+            part = plain.read(bundle_runner.CHUNK)
+            sealed.write(nonce + AESGCM(key).encrypt(nonce, part, f"{label}|{number}|{count}".encode()))
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as file, appearing(target) as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)

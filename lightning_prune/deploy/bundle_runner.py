@@ -28,6 +28,8 @@ MANIFEST, SIGNATURE, SAMPLES = "manifest.json", "manifest.json.sig", "samples.np
 KEY_VARIABLE = "LIGHTNING_PRUNE_KEY"
 AGAIN = "baseline, again"
 REFUSED, DIFFERS = 2, 3
+MANIFEST_LIMIT = 1 << 20  # bytes; a manifest has a few thousand
+CHUNK = 1 << 28  # bytes that are encrypted at a time; AES-GCM ends at 2 GiB
 
 
 class RefusedError(Exception):
@@ -48,26 +50,41 @@ def verify(folder: Path, public_key: str | None = None) -> tuple[dict[str, Any],
 
     Returns the manifest and what was verified; raises RefusedError.
     """
-    path = folder / MANIFEST
-    try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-        files = manifest["files"]
-        models = [variant["file"] for variant in manifest["variants"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RefusedError(f"{MANIFEST} cannot be read: {error}") from error
-    unlisted = [name for name in [*models, SAMPLES, "run.py"] if name not in files]
-    if unlisted:
-        raise RefusedError(f"{MANIFEST} has no sum for {', '.join(unlisted)}")
-    for name, entry in files.items():
+    manifest, sums, data = read_manifest(folder)
+    for name, total in sums.items():
         target = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        # A bundle is flat: a name that leads elsewhere, on any system, is no name of a file in it.
+        if name in ("", ".", "..") or set(name) & set("/\\:\0"):
             raise RefusedError(f"{name!r} is outside of the bundle")
+        if target.is_symlink():
+            raise RefusedError(f"{name} is a link")
         if not target.is_file():
             raise RefusedError(f"{name} is missing")
-        if digest(target) != entry["sha256"]:
+        if digest(target) != total:
             raise RefusedError(f"{name} does not match its SHA-256 sum")
-    return manifest, {"sha256": len(files), "signature": check_signature(folder, data, public_key)}
+    return manifest, {"sha256": len(sums), "signature": check_signature(folder, data, public_key)}
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str], bytes]:
+    """Read the manifest; returns it, the sum of each file, and its own bytes; raises RefusedError."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            data = file.read(MANIFEST_LIMIT + 1)
+        if len(data) > MANIFEST_LIMIT:
+            raise RefusedError(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
+        manifest = json.loads(data)
+        sums = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+        needed = [SAMPLES, "run.py"]
+        for variant in manifest["variants"]:
+            variant["name"], float(variant["tolerance"])
+            needed += [variant["file"], *variant.get("data", {}).values()]
+        unlisted = [name for name in needed if name not in sums]
+        list(manifest["batched_inputs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RefusedError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+    if unlisted:
+        raise RefusedError(f"{MANIFEST} has no sum for {', '.join(map(str, unlisted))}")
+    return manifest, sums, data
 
 
 def check_signature(folder: Path, data: bytes, public_key: str | None) -> str:
@@ -104,33 +121,48 @@ def read_key(key_file: str | None) -> bytes:
     return key
 
 
-def read_model(folder: Path, variant: dict[str, Any], key_file: str | None) -> bytes:
-    """Return a model's bytes, decrypted if need be (AES-256-GCM; a nonce of 12 bytes goes before)."""
-    data: bytes = (folder / str(variant["file"])).read_bytes()
-    if not variant.get("encrypted"):
-        return data
+def decrypted(path: Path, label: str, key: bytes) -> bytes:
+    """Return the content of an encrypted file: AES-256-GCM, a nonce of 12 bytes before each chunk."""
     try:
         from cryptography.exceptions import InvalidTag
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError as error:
         raise RefusedError("decrypting a model needs: pip install cryptography") from error
+    sealed, size = path.read_bytes(), CHUNK + 28
+    count = max(1, -(-len(sealed) // size))
     try:
-        model: bytes = AESGCM(read_key(key_file)).decrypt(data[:12], data[12:], variant["name"].encode())
-        return model
-    except InvalidTag as error:
-        raise RefusedError(f"{variant['file']} cannot be decrypted with this key") from error
+        return b"".join(
+            AESGCM(key).decrypt(part[:12], part[12:], f"{label}|{number}|{count}".encode())
+            for number, part in enumerate(sealed[i * size : (i + 1) * size] for i in range(count))
+        )
+    except (InvalidTag, ValueError) as error:
+        raise RefusedError(f"{path.name} cannot be decrypted with this key") from error
 
 
-def open_session(model: bytes, threads: int) -> Any:
-    """Open a model in ONNX Runtime on the CPU."""
+def open_variant(folder: Path, variant: dict[str, Any], arguments: argparse.Namespace) -> Any:
+    """Open a variant's model in ONNX Runtime on the CPU; an encrypted one never touches the disk."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = arguments.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    model: Any = str(folder / variant["file"])
+    if variant.get("encrypted"):
+        key = read_key(arguments.key_file)
+        model = decrypted(folder / variant["file"], variant["name"], key)
+        weights = {n: decrypted(folder / f, f"{variant['name']}|{n}", key) for n, f in weights_of(variant)}
+        if weights:
+            options.add_external_initializers_from_files_in_memory(
+                list(weights), list(weights.values()), [len(data) for data in weights.values()]
+            )
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def weights_of(variant: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the name that a model over 2 GiB has for its weights, and the file they are in."""
+    return [(str(name), str(file)) for name, file in variant.get("data", {}).items()]
 
 
 def load_samples(folder: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -243,7 +275,7 @@ def print_memory(folder: Path, variant: dict[str, Any], arguments: argparse.Name
     inputs, _ = load_samples(folder, [])
     one = single(inputs, arguments.batched)
     before = peak_kib()
-    session = open_session(read_model(folder, variant, arguments.key_file), arguments.threads)
+    session = open_variant(folder, variant, arguments)
     for _ in range(3):
         session.run(None, one)
     after = peak_kib()
@@ -306,15 +338,14 @@ def measure(
     one = single(inputs, manifest["batched_inputs"])
     sessions, results = {}, []
     for variant in variants:
-        session = open_session(read_model(folder, variant, arguments.key_file), arguments.threads)
+        session = open_variant(folder, variant, arguments)
         parity = compare(session, inputs, expected[variant["name"]], variant["tolerance"])
         results.append({"name": variant["name"], "parity": parity})
         sessions[variant["name"]] = session
     again = None
     if arguments.rounds:
-        base = read_model(folder, variants[0], arguments.key_file)
-        times = time_all({**sessions, AGAIN: open_session(base, arguments.threads)}, one, arguments.rounds,
-                         arguments.seconds)  # fmt: skip
+        again_session = open_variant(folder, variants[0], arguments)
+        times = time_all({**sessions, AGAIN: again_session}, one, arguments.rounds, arguments.seconds)
         for variant, result in zip(variants, results):
             result["latency_ms"] = summarize(times[variant["name"]])
             result["peak_memory_bytes"] = memory_of(folder, variant, arguments)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,21 +75,21 @@ def scripted(flat: Flat, tensors: tuple[Tensor, ...], axes: list[dict[int, str]]
     import onnx
 
     names = [f"{PREFIX}{i}" for i in range(len(tensors))]
-    buffer = io.BytesIO()
     try:
-        with quiet_exporter(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "traced.onnx"
             torch.onnx.export(
                 flat,
                 tensors,
-                buffer,  # type: ignore[arg-type]  # the stub knows paths only; the legacy exporter takes files
+                path,
                 input_names=names,
                 dynamo=False,
                 dynamic_axes={name: dict(item) for name, item in zip(names, axes, strict=True) if item},
                 opset_version=opset,
             )
+            return onnx.load(str(path))  # with the weights, which it puts beside a file over 2 GiB
     except Exception as error:
         raise _cannot_export(flat, error) from error
-    return onnx.load_from_string(buffer.getvalue())
 
 
 def _cannot_export(flat: Flat, error: Exception) -> ExportError:

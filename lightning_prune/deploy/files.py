@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from lightning_prune.errors import OutputError
 
@@ -30,19 +31,37 @@ def write_whole(path: str | Path, data: bytes) -> Path:
     Raises:
         OutputError: The file cannot be written; an earlier file of that name is untouched.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    with appearing(path) as file:
+        file.write(data)
+    return Path(path)
+
+
+@contextmanager
+def appearing(path: str | Path) -> Iterator[BinaryIO]:
+    """Give a file to write to piece by piece; it appears, whole, when the block ends well.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        OutputError: The file cannot be written; an earlier file of that name is untouched.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        part.replace(target)
     except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-    return path
 
 
 def cannot_write(path: str | Path, error: OSError) -> OutputError:
@@ -102,7 +121,8 @@ def staged(dirpath: str | Path, last: str = "report.json") -> Iterator[Path]:
     try:
         yield stage
         files = [p.relative_to(stage) for p in sorted(stage.rglob("*")) if p.is_file()]
-        for name in sorted(files, key=lambda p: p.name == last):
+        # Weights come before the models that name them.
+        for name in sorted(files, key=lambda p: (p.name == last, p.suffix != ".data")):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (stage / name).replace(target / name)
     except OutputError:
@@ -120,14 +140,14 @@ def remove_stale(dirpath: str | Path, names: Iterable[str]) -> None:
             (Path(dirpath) / name).unlink()
 
 
-def compressed_size(path: str | Path) -> int:
-    """Return how many bytes a file has after gzip at its best level.
+def compressed_size(*paths: str | Path) -> int:
+    """Return how many bytes files have after gzip at its best level.
 
     Args:
-        path: The file.
+        *paths: The files.
 
     Returns:
-        The size of the gzip stream, in bytes.
+        The size of the gzip stream of one behind the other, in bytes.
     """
 
     class Count:
@@ -141,9 +161,8 @@ def compressed_size(path: str | Path) -> int:
             return None
 
     count = Count()
-    with (
-        Path(path).open("rb") as source,
-        gzip.GzipFile(filename="", fileobj=count, mode="wb", compresslevel=9, mtime=0) as sink,
-    ):
-        shutil.copyfileobj(source, sink, 1 << 20)
+    with gzip.GzipFile(filename="", fileobj=count, mode="wb", compresslevel=9, mtime=0) as sink:
+        for path in paths:
+            with Path(path).open("rb") as source:
+                shutil.copyfileobj(source, sink, 1 << 20)
     return count.size

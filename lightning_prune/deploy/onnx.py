@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from lightning_prune.deploy.calls import Call
 from lightning_prune.deploy.exporters import Flat, scripted, traced
-from lightning_prune.deploy.files import write_whole
 from lightning_prune.deploy.graph import describe_io, rename, strip
 from lightning_prune.deploy.interface import Interface
+from lightning_prune.deploy.storage import write_model
 from lightning_prune.deploy.tree import flatten
 from lightning_prune.errors import ConfigurationError, ExportError, MissingDependencyError, TracingError
 
 OPSET = 20
-_LIMIT = 2**31 - 2**20  # a protobuf message ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None = None,
     options: Onnx | None = None,
 ) -> Exported:
-    """Write a module as one ONNX file with a dynamic batch.
+    """Write a module as one ONNX file with a dynamic batch; over 2 GiB, the weights lie in a second one.
 
     The module is put into eval mode and its parameters are frozen; give a copy. The first axis of every
     tensor whose size there is that of the first tensor's is the batch.
@@ -110,7 +109,7 @@ def export_onnx(
 
     Raises:
         TracingError: The module cannot be run or traced on the example.
-        ExportError: It cannot be expressed in ONNX, or is over 2 GiB.
+        ExportError: It cannot be expressed in ONNX.
         OutputError: The file cannot be written.
         MissingDependencyError: onnx or onnxscript is not installed.
     """
@@ -138,10 +137,9 @@ def export_onnx(
         raise ExportError(
             f"Opset {options.opset} was asked for and the exporter wrote {found}; ask for {found}."
         )
-    if proto.ByteSize() > _LIMIT:
-        raise ExportError(f"{type(module).__name__} is over 2 GiB: it does not fit one ONNX file.")
-    onnx.checker.check_model(proto)
-    return Exported(write_whole(path, proto.SerializeToString()), interface, found)
+    write_model(path, proto)
+    onnx.checker.check_model(str(path))
+    return Exported(Path(path), interface, found)
 
 
 def with_batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

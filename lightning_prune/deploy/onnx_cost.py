@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.deploy.storage import load_graph
+
 Shape = tuple[int, ...]
 _BATCH_NAMES = ("batch", "batch_size", "N")
 # Which input of a node is its weight, and which its data, where they are not the second and the first.
@@ -50,7 +52,7 @@ def count_file_macs(path: str | Path, batch: int = 1, dims: Mapping[str, int] | 
     import onnx.inliner
 
     try:
-        model = onnx.load(str(path))
+        model = load_graph(path)
         model = onnx.inliner.inline_local_functions(model) if model.functions else model
         sized = _with_sizes(model, batch, dims or {})
         graph = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph

@@ -20,6 +20,7 @@ from lightning_prune.deploy.bundle import RUNNER, archive_bundle
 from lightning_prune.errors import ConfigurationError, MissingDependencyError, ProfileError
 
 _DROPPED = 255  # what ssh exits with when the connection is at fault
+_LIMIT = 1 << 22  # characters; a result has a few thousand
 
 
 def run_over_ssh(
@@ -102,9 +103,11 @@ def parse_result(output: str, status: int, errors: str, host: str) -> dict[str, 
     tail = " ".join(errors.split())[-400:]
     if status == _DROPPED:
         raise ProfileError(f"The connection to {host} failed or dropped: {tail or 'no reason given'}.")
+    if len(output) > _LIMIT:
+        raise ProfileError(f"{host} gave {len(output)} characters, which is no result of run.py.")
     try:
         result = json.loads(output.strip().splitlines()[-1])
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, RecursionError) as error:
         missing = "; install numpy and onnxruntime there" if "ModuleNotFoundError" in errors else ""
         raise ProfileError(
             f"{host} gave no result (exit status {status}): {tail or 'it printed nothing'}{missing}."

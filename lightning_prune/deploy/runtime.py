@@ -53,6 +53,9 @@ def open_session(model: str | Path | bytes, *, threads: int = 0, optimized: str 
         options.optimized_model_filepath = str(optimized)
         # The last level rearranges weights in memory, under other names, for this machine alone.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        # Weights apart, so that it can be written whatever its size.
+        for key, value in (("file_name", f"{Path(optimized).name}.data"), ("min_size_in_bytes", "1024")):
+            options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

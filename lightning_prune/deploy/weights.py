@@ -8,6 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.deploy.storage import load_graph
 from lightning_prune.entropy import least_bytes
 
 SUFFIX = "_quantized"
@@ -46,10 +47,9 @@ def weights(path: str | Path) -> Iterator[Weight]:
         Each weight.
     """
     import numpy as np
-    import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(str(path)).graph
+    graph = load_graph(path).graph
     tensors = {item.name: item for item in graph.initializer}
     points: dict[str, tuple[str, int]] = {}
     helpers: set[str] = set()
@@ -62,7 +62,7 @@ def weights(path: str | Path) -> Iterator[Weight]:
     for name, item in tensors.items():
         if name in helpers or name.endswith(("_scale", "_zero_point")):
             continue
-        array = numpy_helper.to_array(item)
+        array = numpy_helper.to_array(item, str(Path(path).parent))
         if array.ndim == 0:
             continue
         point: Any = 0

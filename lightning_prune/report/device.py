@@ -34,11 +34,12 @@ def measurement_of(result: Mapping[str, Any], label: str) -> Measurement:
         memory = {v["name"]: int(v["peak_memory_bytes"]) for v in fits if v.get("peak_memory_bytes")}
         environment = {**result["environment"], "threads": result["threads"], "verified": result["verified"]}
         noisy = result["noisy"]
-    except (KeyError, TypeError, ValueError) as error:
+        finite = all(math.isfinite(item.p50) for item in latency.values())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigurationError.of(
             "measurement_of", "result", "what a bundle's run.py prints", str(result)[:80], f"it lacks {error}"
         ) from error
-    if any(not math.isfinite(item.p50) for item in latency.values()):
+    if not finite:
         raise ConfigurationError.of("measurement_of", "result", "finite times", str(result)[:80])
     reason = f"the outputs of {', '.join(wrong)} differ on the device from those expected" if wrong else None
     return Measurement(

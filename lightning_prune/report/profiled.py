@@ -7,9 +7,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_prune.deploy.files import compressed_size
 from lightning_prune.deploy.onnx_cost import count_file_macs
 from lightning_prune.deploy.profile import Profile, profile_files
+from lightning_prune.deploy.storage import sizes_of
 from lightning_prune.deploy.weights import count_weights, least_file_bytes
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.report.protocol import with_column, with_profile
@@ -68,7 +68,9 @@ def describe_file(name: str, path: Path, config: Profile) -> Variant:
     if cost.reason:
         missing["macs"] = cost.reason
     parameters = nonzero = least = None
+    size, compressed = path.stat().st_size, None
     try:
+        size, compressed = sizes_of(path)
         parameters, nonzero = count_weights(path)
         least = least_file_bytes(path)
     except Exception as error:  # noqa: BLE001 - protobuf and onnx raise their own for a file that is no model
@@ -76,8 +78,8 @@ def describe_file(name: str, path: Path, config: Profile) -> Variant:
     return Variant(
         name,
         file=path.name,
-        bytes=path.stat().st_size,
-        compressed_bytes=compressed_size(path),
+        bytes=size,
+        compressed_bytes=compressed,
         least_bytes=least,
         parameters=parameters,
         nonzero=nonzero,

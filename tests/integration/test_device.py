@@ -180,8 +180,11 @@ def test_a_host_that_ssh_would_misread_is_refused(bundle, host):
         ('{"schema": 2}', 0, "another version"),
         ('{"schema": 1, "refused": "x does not match"}', 2, "refused the bundle: x does not match"),
         ("", 255, "failed or dropped"),
+        ("[" * 100_000, 0, "gave no result"),
+        ("x" * 5_000_000, 0, "gave 5000000 characters, which is no result"),
+        ("[]", 0, "another version"),
     ],
-    ids=["nothing", "no JSON", "another schema", "refused", "dropped"],
+    ids=["nothing", "no JSON", "another schema", "refused", "dropped", "deep", "huge", "list"],
 )
 def test_what_is_no_result_is_an_error(output, status, message):
     with pytest.raises(ProfileError, match=message):
@@ -200,6 +203,16 @@ def test_outputs_that_differ_on_the_device_have_no_numbers_but_a_reason():
     assert "outputs of pruned.int8 differ on the device" in column.reason
     with pytest.raises(ConfigurationError, match=r"what a bundle's run\.py prints"):
         measurement_of({"variants": [{}]}, "pi")
+    for wrong in (
+        {"variants": 3},
+        {"variants": ["dense"]},
+        {"environment": None},
+        {"variants": [{**variants[0], "latency_ms": {**latency, "p50": "fast"}}]},
+        {"variants": [{**variants[0], "latency_ms": {**latency, "p50": float("nan")}}]},
+        {"variants": [{**variants[0], "latency_ms": {**latency, "unknown": 1}}]},
+    ):
+        with pytest.raises(ConfigurationError, match=r"what a bundle's|finite times"):
+            measurement_of({**result, **wrong}, "pi")
 
 
 class Done(NamedTuple):

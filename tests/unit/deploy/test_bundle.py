@@ -139,14 +139,60 @@ def edit(bundle, change):
         (lambda m: m["files"].update({"/etc/passwd": {"sha256": "0"}}), "'/etc/passwd' is outside"),
         (lambda m: m["files"].update({"gone": {"sha256": "0"}}), "gone is missing"),
         (lambda m: m.pop("files"), "manifest.json cannot be read"),
+        (lambda m: m["files"].update({"sub/x": {"sha256": "0"}}), "'sub/x' is outside of the bundle"),
+        (lambda m: m["files"].update({"..\\x": {"sha256": "0"}}), "is outside of the bundle"),
+        (lambda m: m["files"].update({"C:x": {"sha256": "0"}}), "'C:x' is outside of the bundle"),
+        (lambda m: m["files"].update({".": {"sha256": "0"}}), "'.' is outside of the bundle"),
+        (lambda m: m["variants"][0].update(file="../dense.onnx"), "has no sum for ../dense.onnx"),
+        (lambda m: m["variants"][0].update(data={"a": "../w"}), "has no sum for ../w"),
+        (lambda m: m["files"].update({"dense.onnx": "0"}), "manifest.json cannot be read: TypeError"),
+        (lambda m: m.update(files=[1]), "manifest.json cannot be read: AttributeError"),
+        (lambda m: m.update(variants=[{"file": ["dense.onnx"]}]), "manifest.json cannot be read: KeyError"),
+        (lambda m: m["variants"][0].update(tolerance="x"), "manifest.json cannot be read: ValueError"),
+        (lambda m: m.pop("batched_inputs"), "manifest.json cannot be read: KeyError"),
+        (lambda m: m.update(note="x" * 2**20), "manifest.json is larger than 1048576 bytes"),
     ],
-    ids=["no sum", "outside", "absolute", "missing", "malformed"],
-)
+    ids=[
+        "no sum", "outside", "absolute", "missing", "malformed", "folder", "backslash", "drive", "dot",
+        "model outside", "weights outside", "no entry", "list", "no name", "text", "no batch", "huge",
+    ],
+)  # fmt: skip
 def test_a_manifest_that_does_not_hold_is_refused(bundle, change, message):
     edit(bundle, change)
     with pytest.raises(ExportError, match="refused") as caught:
         verify_bundle(bundle)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '"text"', "[]", "\xff", "", '{"files": {}, "variants": [], "files": null}'],
+    ids=["deep", "text", "list", "no utf-8", "empty", "null"],
+)  # fmt: skip
+def test_a_manifest_that_is_no_manifest_is_refused_by_the_device_and_here(bundle, text):
+    (bundle / MANIFEST).write_text(text, encoding="latin-1")
+    with pytest.raises(ExportError, match=r"manifest.json (cannot be read|has no sum)"):
+        verify_bundle(bundle)
+    assert run(bundle)[0] == 2
+
+
+def test_a_link_is_refused_even_if_what_it_leads_to_matches(bundle, tmp_path):
+    (bundle / "dense.onnx").rename(tmp_path / "elsewhere.onnx")
+    (bundle / "dense.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+    assert run(bundle)[1]["refused"] == "dense.onnx is a link"
+    with pytest.raises(ExportError, match="is a link"):
+        archive_bundle(bundle)
+
+
+def test_a_bundle_that_was_cut_off_on_its_way_is_refused_or_not_unpacked(bundle, tmp_path):
+    data = archive_bundle(bundle).read_bytes()
+    for number, size in enumerate((len(data) // 3, len(data) * 9 // 10)):
+        folder = tmp_path / f"there{number}"
+        folder.mkdir()
+        (folder / "cut.tar.gz").write_bytes(data[:size])
+        done = subprocess.run(["tar", "-xzf", "cut.tar.gz"], cwd=folder, capture_output=True, check=False)
+        assert done.returncode != 0
+        if (folder / "edge" / "run.py").exists():
+            assert run(folder / "edge")[0] == 2
 
 
 def test_a_samples_file_with_pickled_objects_is_not_loaded(bundle):
