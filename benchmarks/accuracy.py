@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
@@ -36,7 +36,7 @@ from common import PACKAGES, environment, option, table, write
 from data import add_data_root
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
-from tasks import TASKS, Classifier, Task, TaskData
+from tasks import TASKS, Task, TaskData
 
 METHODS = (
     "dense",
@@ -48,6 +48,7 @@ METHODS = (
     "ModelPruning",
     "small",
 )
+SCORES = {"val_acc": "Accuracy", "val_map": "Mean average precision"}
 # Channels go in the first part of the training, zeros come after them, and the rest is for recovery.
 CHANNELS = Schedule("cubic", begin=0.0, end=0.4)
 ZEROS = Schedule("cubic", begin=0.0, end=0.6)
@@ -128,7 +129,9 @@ def base_network(task: Task, name: str, seed: int, arguments: argparse.Namespace
     folder = arguments.work / name / f"base-{kind}-{seed}"
     done = folder / "weights.pt"
     if not done.exists():
-        fit(Classifier(network, task, task.base_lr), task, parts, folder, task.base, seed, arguments, [])
+        recipe = replace(task.recipe, lr=task.base_lr, teach=0.0)
+        learner = task.learner(network, task.classes, recipe, None)
+        fit(learner, task, parts, folder, task.base, seed, arguments, [])
         torch.save(network.state_dict(), done.with_suffix(".tmp"))
         done.with_suffix(".tmp").replace(done)
     network.load_state_dict(torch.load(done, weights_only=True))
@@ -136,7 +139,7 @@ def base_network(task: Task, name: str, seed: int, arguments: argparse.Namespace
 
 
 def fit(
-    module: Classifier, task: Task, parts: Any, folder: Path, epochs: int, seed: int,
+    module: LightningModule, task: Task, parts: Any, folder: Path, epochs: int, seed: int,
     arguments: argparse.Namespace, callbacks: Sequence[Callback],
 ) -> None:  # fmt: skip
     """Train, or go on with a training that was killed."""
@@ -148,7 +151,8 @@ def fit(
 
 def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make one network, train it, export it, and say what the files are worth."""
-    task = replace(TASKS[name], **dict(arguments.train or []))
+    task = TASKS[name]
+    task = replace(task, recipe=replace(task.recipe, **dict(arguments.train or [])))
     parts = task.read(arguments.data_root)
     folder = arguments.work / name / run_name(method, seed, arguments)
     seed_everything(seed, verbose=False)
@@ -171,7 +175,8 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
                 use_lottery_ticket_hypothesis=False,
             )
         ]  # fmt: skip
-    module = Classifier(network, task, task.lr, dense if task.teach and method != "dense" else None)
+    teacher = dense if task.recipe.teach and method != "dense" else None
+    module = task.learner(network, task.classes, task.recipe, teacher)
     batches = TaskData(task, parts, arguments.choose, seed)
     start = time.perf_counter()
     if method == "dense":
@@ -187,7 +192,7 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     for kind, ending in (("float", ""), ("int8", ".int8")):
         variant = variants[("pruned" if ours else "dense") + ending]
         found[kind] = {
-            "accuracy": variant.metrics["val_acc"], "recall": variant.metrics["val_recall"],
+            "metrics": dict(variant.metrics), "score": variant.metrics[task.metric],
             "macs": variant.macs, "parameters": variant.parameters, "nonzero": variant.nonzero,
             "bytes": variant.bytes, "compressed_bytes": variant.compressed_bytes,
         }  # fmt: skip
@@ -221,7 +226,7 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
     for title, runs in found.items():
         row: list[object] = [title, len(runs), runs[0]["epochs"]]
         for form in ("float", "int8"):
-            values = [100 * r[form]["accuracy"] for r in runs]
+            values = [100 * r[form]["score"] for r in runs]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             row.append(f"{statistics.mean(values):.2f}{spread}")
         one = runs[0]["float"]
@@ -232,9 +237,10 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
         rows.append(row)
     head = ["method", "seeds", "epochs", "float, %", "int8, %", "fewer MACs", "zeros"]
     head += ["int8 file, bytes", "gzipped, bytes"]
+    task = TASKS[name]
     config = {"task": name, "choose": arguments.choose, "precision": arguments.precision}
     where = "the held-out part of the training set" if arguments.choose else "the test set"
-    title = f"{TASKS[name].title}. Accuracy on {where}, of the last epoch, on the ONNX files."
+    title = f"{task.title}. {SCORES[task.metric]} on {where}, of the last epoch, on the ONNX files."
     about = environment(torch.get_num_threads(), (*PACKAGES, "torch-pruning"))
     folder = arguments.work if arguments.choose else Path(__file__).parent / "results"
     write(f"accuracy_{name}", config, found, [title, "", *table(head, rows)], about=about, folder=folder)
@@ -254,7 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", type=option, help="arguments of the callbacks, such as scope=layer"
     )
-    parser.add_argument("--train", nargs="+", type=option, help="fields of the task: lr=0.01 teach=0.5")
+    parser.add_argument("--train", nargs="+", type=option, help="fields of the recipe: lr=0.01 teach=0.5")
     parser.add_argument("--choose", action="store_true", help="measure on a part of the training set instead")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="checkpoints and exports")
     parser.add_argument("--precision", default="32-true")

@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
 Split = tuple[Tensor, Tensor]
+Scale = Callable[[Tensor], Tensor]
+Augment = Callable[[Tensor, Tensor, torch.Generator], Split]
 
 
 def add_data_root(parser: argparse.ArgumentParser) -> None:
@@ -103,16 +105,15 @@ def held_out(count: int, fraction: float) -> Tensor:
 class Batches(Dataset):
     """Whole batches made from tensors at once: item `(epoch, i)` is the i-th batch of an epoch.
 
-    Order, crops and noise follow from seed, epoch and i alone, so a killed run goes on with the same batches.
+    Order and augmentation follow from seed, epoch and i alone, so a killed run goes on with the same batches.
 
     Args:
         x: Samples.
         y: Labels.
         size: Samples in a batch.
         seed: Of the order and the augmentation; None keeps the order and leaves the samples alone.
-        crop: Pixels by which pictures are moved at most; if any, they are mirrored too.
-        noise: Standard deviation of noise added to each sample.
         scale: Turns samples into what the network expects.
+        augment: Changes samples and labels of a batch for training, with the generator it is given.
     """
 
     def __init__(
@@ -122,12 +123,11 @@ class Batches(Dataset):
         size: int,
         *,
         seed: int | None = None,
-        crop: int = 0,
-        noise: float = 0.0,
-        scale: Callable[[Tensor], Tensor] | None = None,
+        scale: Scale | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self.x, self.y, self.size, self.seed = x, y, size, seed
-        self.crop, self.noise, self.scale = crop, noise, scale
+        self.scale, self.augment = scale, augment
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.x), self.size)
@@ -139,14 +139,11 @@ class Batches(Dataset):
         random = torch.Generator()
         if self.seed is not None:
             index = torch.randperm(len(self.x), generator=random.manual_seed(self.seed + 1000 * epoch))[index]
-            random.manual_seed((self.seed + 1000 * epoch) * 100_003 + i)
         x, y = self.x[index], self.y[index]
         if self.scale is not None:
             x = self.scale(x)
-        if self.crop:
-            x = shifted(x, self.crop, random)
-        if self.noise:
-            x = x + self.noise * torch.randn(x.shape, generator=random)
+        if self.seed is not None and self.augment is not None:
+            x, y = self.augment(x, y, random.manual_seed((self.seed + 1000 * epoch) * 100_003 + i))
         return x, y
 
 
@@ -170,19 +167,52 @@ class Epochs(Sampler[tuple[int, int]]):
         return self.count
 
 
-def shifted(x: Tensor, most: int, random: torch.Generator) -> Tensor:
+def pictures(most: int) -> Augment:
     """Move each picture by up to `most` pixels, zeros coming in, and mirror every second one."""
-    n, _, height, width = x.shape
-    padded = F.pad(x, (most,) * 4)
-    rows = torch.randint(2 * most + 1, (n, 1, 1, 1), generator=random) + torch.arange(height).view(
-        1, 1, -1, 1
-    )
-    columns = torch.arange(width).view(1, 1, 1, -1).expand(n, 1, 1, -1)
-    mirrored = torch.rand(n, 1, 1, 1, generator=random) < 0.5
-    columns = torch.where(mirrored, width - 1 - columns, columns)
-    columns = columns + torch.randint(2 * most + 1, (n, 1, 1, 1), generator=random)
-    flat = (rows * (width + 2 * most) + columns).expand(n, x.shape[1], height, width)
-    return padded.flatten(2).gather(2, flat.flatten(2)).view_as(x)
+
+    def augment(x: Tensor, y: Tensor, random: torch.Generator) -> Split:
+        n, _, height, width = x.shape
+        padded = F.pad(x, (most,) * 4)
+        rows = torch.arange(height).view(1, 1, -1, 1)
+        rows = rows + torch.randint(2 * most + 1, (n, 1, 1, 1), generator=random)
+        columns = torch.arange(width).view(1, 1, 1, -1).expand(n, 1, 1, -1)
+        mirrored = torch.rand(n, 1, 1, 1, generator=random) < 0.5
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+        columns = columns + torch.randint(2 * most + 1, (n, 1, 1, 1), generator=random)
+        flat = (rows * (width + 2 * most) + columns).expand(n, x.shape[1], height, width)
+        return padded.flatten(2).gather(2, flat.flatten(2)).view_as(x), y
+
+    return augment
+
+
+def signals(most: int, noise: float, axis: int = -1) -> Augment:
+    """Move each sample by up to `most` steps in time, its ends repeated, and add noise of this deviation."""
+
+    def augment(x: Tensor, y: Tensor, random: torch.Generator) -> Split:
+        shape = [1] * x.ndim
+        shape[0] = len(x)
+        offset = torch.randint(-most, most + 1, shape, generator=random)
+        shape[0], shape[axis] = 1, x.shape[axis]
+        steps = torch.arange(x.shape[axis]).view(shape)
+        x = x.gather(axis, (steps + offset).clamp(0, x.shape[axis] - 1).expand_as(x))
+        return x + noise * torch.randn(x.shape, generator=random), y
+
+    return augment
+
+
+def mirrored_boxes(x: Tensor, y: Tensor, random: torch.Generator) -> Split:
+    """Mirror every second picture, left to right and top to bottom, with its boxes (n, boxes, 4 + class)."""
+    x, y = x.clone(), y.clone()
+    for axis, low in ((3, 0), (2, 1)):
+        turned = torch.rand(len(x), generator=random) < 0.5
+        x[turned] = x[turned].flip(axis)
+        ends = y[turned][..., [low + 2, low]]
+        y[
+            turned.nonzero()[:, 0, None, None],
+            torch.arange(y.shape[1])[:, None],
+            torch.tensor([low, low + 2]),
+        ] = x.shape[axis] - ends
+    return x, y
 
 
 # ------------------------------------------------------------------ sound and motion
@@ -278,3 +308,27 @@ def mel_bank(bands: int, window: int, rate: int) -> Tensor:
     up = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     down = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     return torch.minimum(up, down).clamp_min(0)
+
+
+# ------------------------------------------------------------------ cells
+
+
+def cells(root: Path | str | None) -> dict[str, Split]:
+    """Read BCCD: pictures (n, 3, 240, 320) as uint8, and boxes (n, most, 5).
+
+    A box is x1, y1, x2, y2 in pixels and its class, 0 to 2; where a picture has fewer, the class is -1.
+    """
+    from PIL import Image
+
+    with np.load(file_of(root, "detection/bccd.npz")) as z:
+        raw = z["jpeg"].tobytes()
+        tiles = [np.asarray(Image.open(io.BytesIO(raw[i:j]))) for i, j in pairwise(z["offset"])]
+        boxes, label, image, split = z["boxes"], z["box_label"], z["box_image"], z["split"]
+    x = torch.from_numpy(np.stack(tiles).transpose(0, 3, 1, 2).copy())
+    y = torch.full((len(x), int(np.bincount(image).max()), 5), -1.0)
+    for i in range(len(x)):
+        mine = image == i
+        found = np.concatenate([boxes[mine], label[mine, None].astype(np.float32) - 1], 1)
+        y[i, : len(found)] = torch.from_numpy(found)
+    numbers = {"train": split == 0, "val": split == 1, "test": split == 2}
+    return {name: (x[torch.from_numpy(mask)], y[torch.from_numpy(mask)]) for name, mask in numbers.items()}
