@@ -51,8 +51,7 @@ def follow_exchange(
     swaps = list(put(pl_module))
     for average in averaged_modules(trainer):
         list(put(average))
-    for optimizer in trainer.optimizers:
-        exchange(optimizer, swaps)
+    exchange(trainer.optimizers, swaps)
     after = _tensors(pl_module)
     removed = tuple(name for name, tensor in before.items() if after.get(name) is not tensor)
     _tell(trainer, pl_module, Change(removed=removed))
@@ -65,12 +64,21 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _tell(trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
     """Let DDP, the compiler and other callbacks know that the module has another structure."""
+    take_as_new(trainer)
+    emit(trainer, "on_structure_change", pl_module, change)
+
+
+def take_as_new(trainer: Trainer) -> None:
+    """Let DDP and the compiler take the module for what it is now.
+
+    Args:
+        trainer: The running trainer, whose module has another structure than it had.
+    """
     strategy: Any = trainer.strategy
     if type(strategy).__name__ == "DDPStrategy" and strategy.model is not strategy.lightning_module:
         _wrap_again(strategy)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # or the recompile limit is met after a few cuts
-    emit(trainer, "on_structure_change", pl_module, change)
 
 
 def _wrap_again(strategy: Any) -> None:

@@ -92,40 +92,43 @@ def migrate(optimizer: Optimizer, cuts: Cuts) -> None:
         optimizer._numel_cache = None  # L-BFGS counts its parameters once; there is no public way to recount
 
 
-def exchange(optimizer: Optimizer, swaps: Iterable[Swap]) -> None:
+def exchange(optimizers: Iterable[Optimizer], swaps: Iterable[Swap]) -> None:
     """Let parameters take the place of others: in their group, at their position, with state made of theirs.
 
-    A new parameter goes to the group of an old one with as many dimensions, so that biases and weights stay
-    apart where they were; to the first old one's where there is none. Where none of the old ones was
-    optimized, the new ones are not.
+    A new parameter goes to the optimizer and group of an old one with as many dimensions, so that biases and
+    weights stay apart where they were; to the first old one's where there is none. Where none of the old ones
+    was optimized, the new ones are not.
 
     Args:
-        optimizer: Any optimizer of `torch.optim`, or another that keeps its state per parameter.
+        optimizers: Optimizers of `torch.optim`, or others that keep their state per parameter; all that the
+            network has, because one of them gets each new parameter.
         swaps: Which parameters go, and which come.
 
     Example:
         >>> old, new = nn.Parameter(torch.zeros(4, 4)), [nn.Parameter(torch.zeros(1, 4)) for _ in "ab"]
         >>> sgd = torch.optim.SGD([old], lr=0.1)
-        >>> exchange(sgd, [Swap([old], {"0.weight": new[0], "1.weight": new[1]})])
+        >>> exchange([sgd], [Swap([old], {"0.weight": new[0], "1.weight": new[1]})])
         >>> [parameter is new[i] for i, parameter in enumerate(sgd.param_groups[0]["params"])]
         [True, True]
     """
+    optimizers = list(optimizers)
     for swap in swaps:
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        held = [p for p in swap.old if id(p) in groups]
+        places = {id(p): (o, group) for o in optimizers for group in o.param_groups for p in group["params"]}
+        held = [p for p in swap.old if id(p) in places]
         for name, parameter in swap.new.items():
-            if held and id(parameter) not in groups:
+            if held and id(parameter) not in places:
                 like = next((p for p in held if p.dim() == parameter.dim()), held[0])
-                _insert(groups[id(like)], like, name, parameter)
-        if len(held) == 1 and swap.carry is not None:
-            _carry(optimizer, held[0], list(swap.new.values()), swap.carry)
+                _insert(places[id(like)][1], like, name, parameter)
         for parameter in held:
-            _remove(groups[id(parameter)], parameter)
+            optimizer, group = places[id(parameter)]
+            if len(held) == 1 and swap.carry is not None:
+                _carry(optimizer, parameter, list(swap.new.values()), swap.carry)
+            _remove(group, parameter)
             optimizer.state.pop(parameter, None)
-        if held and hasattr(optimizer, "_numel_cache"):
-            # L-BFGS keeps directions over all parameters in a row; over others they mean nothing.
-            optimizer.state.clear()
-            optimizer._numel_cache = None
+            if hasattr(optimizer, "_numel_cache"):
+                # L-BFGS keeps directions over all parameters in a row; over others they mean nothing.
+                optimizer.state.clear()
+                optimizer._numel_cache = None
 
 
 def _insert(group: dict[str, Any], before: Tensor, name: str, parameter: Tensor) -> None:

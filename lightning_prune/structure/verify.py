@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.cost import copied, eager, skeleton
+from lightning_prune.cost import copied, countable, skeleton
 from lightning_prune.structure.graph import leaves_of
 from lightning_prune.structure.groups import Group, Member
 from lightning_prune.structure.layers import attributes_of, channel_dim, is_masked_norm
@@ -53,7 +53,7 @@ def prove(
     free = [group for group in groups if not group.reason]
     if not free:
         return groups
-    with _repeatable():
+    with repeatable():
         trial = Trial(module, args, dict(kwargs or {}))
         # Whether it runs is seen without computing anything, so that comes first.
         broken = _failures(
@@ -86,7 +86,7 @@ def failing(
     Returns:
         Their names; empty if the cut is right.
     """
-    with _repeatable():
+    with repeatable():
         trial = Trial(module, args, dict(kwargs or {}))
 
         def passes(suspects: list[Group]) -> bool:
@@ -132,8 +132,10 @@ def _halves(groups: Iterable[Group], turn: int = 0) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _repeatable() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), eager(), torch.no_grad(), warnings.catch_warnings():
+def repeatable() -> Iterator[None]:
+    """Run trials so that two of them agree, and leave no trace of them."""
+    # Attention's fused kernel runs in the uncut network only, and differently.
+    with torch.random.fork_rng(devices=[]), countable(real=False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a trial run of a copy complains of is not the user's concern
         torch.manual_seed(0)
         yield
@@ -237,7 +239,7 @@ class Trial:
                     torch.manual_seed(0)
                     with running(network, training):
                         outputs.append(network(*self.args, **self.kwargs))
-                worst = max(worst, _distance(*outputs))
+                worst = max(worst, distance(*outputs))
         except Exception:  # noqa: BLE001 - a cut network that does not run is as wrong as can be
             return float("inf")
         return worst
@@ -263,7 +265,8 @@ def _wake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
             handle.remove()
 
 
-def _distance(expected: Any, actual: Any) -> float:
+def distance(expected: Any, actual: Any) -> float:
+    """Return the largest difference between outputs, relative to each output's largest value."""
     worst = 0.0
     pairs = zip(_tensors(expected), _tensors(actual), strict=True)
     for left, right in pairs:
