@@ -130,7 +130,7 @@ class Detector(Learner):
     """
 
     def __init__(self, network: nn.Module, classes: int, recipe: Recipe, teacher: nn.Module | None) -> None:
-        from torchmetrics.detection import MeanAveragePrecision
+        from torchmetrics.detection.mean_ap import MeanAveragePrecision
 
         super().__init__(network, classes, recipe, teacher)
         self.precision_of = MeanAveragePrecision()
@@ -157,10 +157,10 @@ class Detector(Learner):
         likely = torch.where(wanted == 1, scores.sigmoid(), 1 - scores.sigmoid())
         weight = torch.where(wanted == 1, 0.25, 0.75) * (1 - likely) ** 2
         sure = (found | (best < 0.4))[:, None]
-        focal = F.binary_cross_entropy_with_logits(scores, wanted, weight * sure, reduction="sum")
+        focal = weight * F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
         offsets = encode(truth[which[found], :4], at[found])
         boxes = F.smooth_l1_loss(out["boxes"][i][found], offsets, reduction="sum", beta=1.0)
-        return (focal + 0.5 * boxes) / max(1, int(found.sum()))
+        return ((focal * sure).sum() + 0.5 * boxes) / max(1, int(found.sum()))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         out, at = self.network(batch[0]), self._anchors(batch[0])
