@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from lightning_prune.callbacks.accuracy_guard import AccuracyGuard
 from lightning_prune.callbacks.after_pruning import AfterPruning
 from lightning_prune.callbacks.edge_export import EdgeExport
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
@@ -18,6 +19,7 @@ from lightning_prune.structure.budget import Budget
 __version__ = _version("lightning-prune")
 
 __all__ = [
+    "AccuracyGuard",
     "AfterPruning",
     "Budget",
     "EdgeExport",

@@ -91,3 +91,13 @@ def trainer_class(module: object) -> type[Trainer]:
         True
     """
     return import_module(namespace_of(module)).Trainer  # type: ignore[no-any-return]
+
+
+def say(thing: object, text: str) -> None:
+    """Tell the user something, once, in Lightning's own voice.
+
+    Args:
+        thing: The Trainer or module that it is about.
+        text: What to say.
+    """
+    import_module(f"{namespace_of(thing)}.utilities.rank_zero").rank_zero_info(text)

@@ -26,3 +26,18 @@ def averaged_modules(trainer: Trainer) -> list[nn.Module]:
         elif isinstance(average, nn.Module):
             found.append(average)
     return found
+
+
+def take_over(trainer: Trainer, module: nn.Module) -> None:
+    """Give the module the averaged weights, as `WeightAveraging` does when training ends.
+
+    `StochasticWeightAveraging` does so by itself, and only if its time had come.
+
+    Args:
+        trainer: The trainer; where nothing has been averaged yet, nothing happens.
+        module: The module.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel) and int(average.n_averaged):
+            module.load_state_dict(average.module.state_dict())

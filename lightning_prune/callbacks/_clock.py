@@ -7,6 +7,7 @@ the module may step several optimizers in one batch, or none, so there a step is
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.schedules import Interval, Schedule, Timeline
@@ -47,6 +48,26 @@ def now(trainer: Trainer, pl_module: LightningModule, interval: Interval) -> int
         return trainer.global_step
     # The loop has counted the batch that starts now; before the first batch of all this is -1.
     return max(trainer.fit_loop.epoch_loop.total_batch_idx, 0)
+
+
+def level(trainer: Trainer, pl_module: LightningModule, timeline: Timeline, callback: Any) -> float:
+    """Tell which level is in force: the schedule's, or less where a guard holds pruning back.
+
+    A guard may first return the training, with the callback, to an earlier state.
+
+    Args:
+        trainer: The trainer, at the start of an epoch or a batch.
+        pl_module: The module.
+        timeline: The callback's schedule.
+        callback: The pruning callback that asks. It has a `level`, the one in force so far.
+
+    Returns:
+        The level, 0 to 1; under a guard never below `callback.level`.
+    """
+    for guard in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(guard, "guarded_level"):
+            return float(guard.guarded_level(trainer, pl_module, timeline, callback))
+    return timeline.level_at(now(trainer, pl_module, timeline.interval))
 
 
 def training_length(trainer: Trainer, pl_module: LightningModule) -> tuple[int | None, int | None]:

@@ -52,7 +52,7 @@ class AfterPruning(Callback):
 
 
 def pruning_finished(trainer: Trainer) -> bool:
-    """Tell whether every pruning callback has reached its final level.
+    """Tell whether every pruning callback has reached its final level, or the guard has found one that holds.
 
     Args:
         trainer: The running trainer.
@@ -60,6 +60,9 @@ def pruning_finished(trainer: Trainer) -> bool:
     Returns:
         True also if there is none.
     """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "guarded_level"):
+            return bool(callback.settled)
     return all(getattr(c, "pruning_finished", True) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_prune._lightning import Callback, LightningModule, Trainer, namespace_of
+from lightning_prune._lightning import Callback, LightningModule, Trainer, namespace_of, say
 from lightning_prune._pipeline import Progress, run
 from lightning_prune._task import Data, Task
 from lightning_prune.callbacks._inputs import first_batch, validation_loaders
@@ -185,7 +185,7 @@ class EdgeExport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on the first process; the others wait, and none hangs if it fails."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            _say(pl_module, "EdgeExport: nothing is exported in a fast_dev_run.")
+            say(pl_module, "EdgeExport: nothing is exported in a fast_dev_run.")
             return
         error: BaseException | None = None
         if trainer.is_global_zero:
@@ -250,10 +250,6 @@ def _bare_copy(pl_module: LightningModule) -> Any:
         tools = import_module(f"{namespace_of(result)}.utilities.compile")
         result = tools.to_uncompiled(result)
     return result
-
-
-def _say(pl_module: LightningModule, text: str) -> None:
-    import_module(f"{namespace_of(pl_module)}.utilities.rank_zero").rank_zero_info(text)
 
 
 @contextmanager

@@ -154,6 +154,11 @@ class MagnitudePruning(Callback):
         return dict(self._keeper.masks)
 
     @property
+    def level(self) -> float:
+        """The level in force: the part of `sparsity` that the schedule has asked for so far, 0 to 1."""
+        return self._level
+
+    @property
     def pruning_finished(self) -> bool:
         """Whether the final level is in force."""
         return self._level >= 1.0 and not self._due
@@ -266,6 +271,12 @@ class MagnitudePruning(Callback):
         if self._keeper.masks:
             self._prune(trainer, pl_module, follow=True)
 
+    def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the state of an earlier time, as after a resume."""
+        self.on_train_start(trainer, pl_module)
+        self._watch.active = bool(self._watch.statistics.kinds) and self._level < 1.0
+        self._keeper.clear_signs()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave exact, positive zeros."""
         self._keeper.apply(averaged_modules(trainer))
@@ -309,8 +320,7 @@ class MagnitudePruning(Callback):
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._timeline is None:
             return
-        time = _clock.now(trainer, pl_module, self._timeline.interval)
-        level = self._timeline.level_at(time)
+        level = _clock.level(trainer, pl_module, self._timeline, self)
         # What was reached stays reached: a second fit of the same module starts from a sparse network.
         if level <= self._level:
             return

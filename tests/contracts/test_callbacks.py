@@ -12,7 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune
-from lightning_prune import AfterPruning, Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning
+from lightning_prune import (
+    AccuracyGuard,
+    AfterPruning,
+    Budget,
+    EdgeExport,
+    MagnitudePruning,
+    Schedule,
+    StructuralPruning,
+)
 
 SOON = Schedule("linear", begin=0.0, end=0.5)
 PLAIN = (int, float, bool, str, bytes, type(None), torch.Tensor)
@@ -52,6 +60,7 @@ def loader():
 
 def make(name, tmp_path):
     return {
+        "AccuracyGuard": lambda: AccuracyGuard("val_loss", 0.1, "min"),
         "AfterPruning": AfterPruning,
         "MagnitudePruning": lambda: MagnitudePruning(0.5, schedule=SOON),
         "StructuralPruning": lambda: StructuralPruning(Budget(macs=0.7), schedule=SOON, round_to=1),
@@ -102,13 +111,20 @@ every_callback = pytest.mark.parametrize("name", CALLBACKS)
 
 
 def test_every_callback_is_covered(tmp_path):
-    assert CALLBACKS == ["AfterPruning", "EdgeExport", "MagnitudePruning", "StructuralPruning"]
+    assert CALLBACKS == [
+        "AccuracyGuard",
+        "AfterPruning",
+        "EdgeExport",
+        "MagnitudePruning",
+        "StructuralPruning",
+    ]
 
 
 @every_callback
 def test_state_survives_a_weights_only_round_trip(name, tmp_path):
     callback = make(name, tmp_path)
-    others = [] if name != "EdgeExport" else [MagnitudePruning(0.5, schedule=SOON)]
+    accompanied = name in ("AccuracyGuard", "EdgeExport")
+    others = [MagnitudePruning(0.5, schedule=SOON)] if accompanied else []
     fit([callback, *others], tmp_path)
     file = io.BytesIO()
     torch.save(callback.state_dict(), file)

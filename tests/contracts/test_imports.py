@@ -15,6 +15,7 @@ LAYERS = {
     "errors": 0,
     "_lightning": 0,
     "schedules": 1,
+    "guarding": 1,
     "selection": 1,
     "cost": 1,
     "entropy": 1,

@@ -1,6 +1,7 @@
 import lightning_prune
 
 EXPECTED = {
+    "AccuracyGuard",
     "AfterPruning",
     "Budget",
     "EdgeExport",

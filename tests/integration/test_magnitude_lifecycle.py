@@ -349,7 +349,7 @@ class Cut(Callback):
         pl_module.stem[0].out_channels = pl_module.stem[1].num_features = pl_module.body[0].in_channels = 4
         for callback in trainer.callbacks:
             if isinstance(callback, MagnitudePruning):
-                callback.on_structure_change(trainer, pl_module, SimpleNamespace(narrow=narrow))
+                callback.on_structure_change(trainer, pl_module, SimpleNamespace(narrow=narrow, removed=()))
 
 
 @pytest.mark.parametrize("cut_first", [True, False], ids=["cut-first", "masks-first"])
