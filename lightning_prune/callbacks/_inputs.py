@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_prune._lightning import LightningModule, Trainer
@@ -17,6 +20,7 @@ __all__ = [
     "first_batch",
     "inputs_from_batch",
     "observed_call",
+    "training_calls",
     "validation_loaders",
 ]
 
@@ -122,17 +126,63 @@ def first_batch(loaders: Any, *, one_loader: bool = False) -> list[Any]:
     if loaders is None:
         return []
     with untouched_rng():
-        try:
-            return [_structured(loaders)]
-        except StopIteration:
-            return []
+        return _first(loaders, 1)
 
 
-def _structured(loaders: Any) -> Any:
+def training_batches(trainer: Trainer, pl_module: LightningModule, count: int) -> list[Any]:
+    """Take batches out of the training loaders, the same ones whenever this epoch and step come again.
+
+    Args:
+        trainer: The running trainer.
+        pl_module: The LightningModule.
+        count: How many.
+
+    Returns:
+        At most so many batches; no random generator is advanced.
+    """
+    loaders = _loaders(trainer, pl_module, "train_dataloader")
+    if loaders is None:
+        return []
+    with untouched_rng():
+        # A loader that shuffles draws its order from the global generator, which no checkpoint restores.
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(trainer.global_step)
+        return _first(loaders, count)
+
+
+def training_calls(
+    trainer: Trainer, pl_module: LightningModule, names: Iterable[str] | None, count: int
+) -> Iterator[Any]:
+    """Say how networks are called in the user's own training steps, batch by batch.
+
+    Args:
+        trainer: The running trainer.
+        pl_module: The LightningModule; it stays untouched.
+        names: Children of it; `None` is the module itself.
+        count: How many batches.
+
+    Yields:
+        For each batch the call of the module; with `names`, `{name: call}` of those that are called.
+    """
+    batches = training_batches(trainer, pl_module, count)
+    if names is None:
+        rehearsal = Rehearsal(pl_module, None, trainer=trainer)
+        yield from (first_call(rehearsal, [("training_step", batch)]) for batch in batches)
+        return
+    rehearsals = {name: Rehearsal(pl_module, name, trainer=trainer) for name in names}
+    for batch in batches:
+        calls = {name: one.call(batch, step="training_step") for name, one in rehearsals.items()}
+        yield {name: call for name, call in calls.items() if call is not None}
+
+
+def _first(loaders: Any, count: int) -> list[Any]:
+    """Take batches out of every loader of a nest, and put them together in its structure."""
     if isinstance(loaders, Mapping):
-        return {k: _structured(v) for k, v in loaders.items()}
+        parts = [_first(loader, count) for loader in loaders.values()]
+        return [dict(zip(loaders, batches, strict=True)) for batches in zip(*parts, strict=False)]
     if isinstance(loaders, (list, tuple)):
-        return [_structured(v) for v in loaders]
+        parts = [_first(loader, count) for loader in loaders]
+        return [list(batches) for batches in zip(*parts, strict=False)]
     generators = [
         g
         for part in (loaders, getattr(loaders, "sampler", None), getattr(loaders, "batch_sampler", None))
@@ -140,13 +190,13 @@ def _structured(loaders: Any) -> Any:
     ]
     states = [g.get_state() for g in generators]
     try:
-        return _one_batch(loaders)
+        return list(islice(_batches_of(loaders), count))
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
 
 
-def _one_batch(loader: Any) -> Any:
+def _batches_of(loader: Any) -> Iterator[Any]:
     # Workers are slow to start, and persistent ones belong to the training: fetch in this process.
     batch_sampler = getattr(loader, "batch_sampler", None)
     if (
@@ -154,6 +204,5 @@ def _one_batch(loader: Any) -> Any:
         and batch_sampler is not None
         and hasattr(loader.dataset, "__getitem__")
     ):
-        indices = next(iter(batch_sampler))
-        return loader.collate_fn([loader.dataset[i] for i in indices])
-    return next(iter(loader))
+        return (loader.collate_fn([loader.dataset[i] for i in indices]) for indices in batch_sampler)
+    return iter(loader)

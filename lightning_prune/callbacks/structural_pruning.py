@@ -13,7 +13,9 @@ from lightning_prune._lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks import _checkpoint_hooks, _clock, _network
 from lightning_prune.callbacks._events import emit
 from lightning_prune.callbacks._follow import check_strategy, follow
+from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
+from lightning_prune.callbacks._recalibrate import recalibrate_norms
 from lightning_prune.errors import ConfigurationError, LightningPruneError, TracingError
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
@@ -21,8 +23,7 @@ from lightning_prune.structure import manifest
 from lightning_prune.structure.budget import Budget, check_search_arguments
 from lightning_prune.structure.costs import METERS, Example
 from lightning_prune.structure.groups import Group
-from lightning_prune.structure.importance import GRADIENT_IMPORTANCES, Evidence, importance_named
-from lightning_prune.structure.penalty import Penalty, penalties, press
+from lightning_prune.structure.importance import Evidence, check_importance
 from lightning_prune.structure.plan import Dense, Recipe, foresee, measure, plan, survey
 from lightning_prune.structure.surgery import Change, from_plain, plain
 
@@ -44,9 +45,11 @@ class StructuralPruning(Callback):
         schedule: When, and how fast. The level is absolute: at level `l` of the schedule
             `1 - l * (1 - budget)` may remain.
         importance: Which channels go first: `"magnitude"` (L2 over every layer a channel touches), `"l1"`,
-            `"bn_scale"`, `"fpgm"`, `"lamp"`, `"random"`; or, from the gradients of all optimizer steps since
-            the last cut, `"taylor"` or `"hessian"`. See `lightning_prune.structure.importance`.
-        scope: `"global"`: the least important channels anywhere; `"layer"`: every layer shrinks alike.
+            `"bn_scale"`, `"fpgm"`, `"lamp"`, `"random"`; or, gathered in all optimizer steps since the last
+            cut: from gradients `"taylor"` or `"hessian"`, from activations `"activation"` (their mean size)
+            or `"apoz"` (how few are zero). See `lightning_prune.structure.importance` and `.activations`.
+        scope: `"global"`: the least important channels anywhere; `"layer"`: every layer shrinks alike;
+            `"isomorphic"`: ranked among layers of the same kind, and all kinds shrink alike.
         round_to: Widths become multiples of this. `"auto"`: of 16, 8 or 4, the largest that leaves a layer a
             choice, because one channel more or less can make a layer several times slower.
         max_ratio: The largest fraction of a layer's channels that may go.
@@ -57,6 +60,8 @@ class StructuralPruning(Callback):
         regularization: Weight in the loss of a penalty that presses on the channels that matter least, from
             the start, growing until the last cut, and none after it: the group norm of DepGraph, or with
             `importance="bn_scale"` the L1 norm of the scales. It costs one multiply-add a weight and step.
+        recalibrate: With how many training batches the running statistics of batch normalisation are
+            estimated anew after each cut; 0 leaves them to training. Nothing else changes.
 
     Raises:
         ConfigurationError: An argument is wrong; what depends on the module, before training starts.
@@ -79,6 +84,7 @@ class StructuralPruning(Callback):
         exclude: Sequence[str] = (),
         example_input: Any = None,
         regularization: float = 0.0,
+        recalibrate: int = 0,
     ) -> None:
         super().__init__()
         # Not a default argument: LightningCLI would merge it with the budget in a configuration file.
@@ -88,7 +94,7 @@ class StructuralPruning(Callback):
         if not isinstance(schedule, Schedule):
             raise ConfigurationError.of(_OWNER, "schedule", "a Schedule", schedule, "write Schedule(end=0.5)")
         check_search_arguments(scope, round_to, max_ratio)
-        importance_named(importance, _OWNER)
+        check_importance(importance, _OWNER)
         self.budget = budget
         self.schedule = schedule
         self.importance = importance
@@ -99,6 +105,7 @@ class StructuralPruning(Callback):
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.example_input = example_input
         self.regularization = _fraction_of_loss(regularization)
+        self.recalibrate = _number_of_batches(recalibrate)
         self._reset()
 
     # ------------------------------------------------------------------ state
@@ -116,8 +123,7 @@ class StructuralPruning(Callback):
         self._module: weakref.ref[nn.Module] | None = None
         self._log_due = True
         self._groups: list[Group] = []
-        self._evidence = Evidence()
-        self._penalties: list[Penalty] = []
+        self._learning = Learning(self.importance, self.regularization)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
@@ -126,9 +132,15 @@ class StructuralPruning(Callback):
             "_example": None,
             "_calls": None,
             "_groups": [],
-            "_penalties": [],
+            "_learning": Learning(self.importance, self.regularization),
         }
+        running["_learning"].evidence = self._learning.evidence
         return {**self.__dict__, **running}
+
+    @property
+    def level(self) -> float:
+        """The level in force, 0 to 1: the part of the way to the budget."""
+        return self._level
 
     @property
     def pruning_finished(self) -> bool:
@@ -142,14 +154,14 @@ class StructuralPruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return level, history and the dense network's widths and costs; plain data only."""
-        dense = self._dense
+        dense, evidence = self._dense, self._learning.evidence
         return {
             "level": self._level,
             "history": [dict(entry) for entry in self._history],
             "dense": None if dense is None else {"widths": dict(dense.widths), "costs": dict(dense.costs)},
             "widths": dict(self._widths),
             "skipped": dict(self._skipped),
-            "evidence": {"totals": dict(self._evidence.totals), "steps": self._evidence.steps},
+            "evidence": {"totals": dict(evidence.totals), "steps": evidence.steps},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -160,7 +172,7 @@ class StructuralPruning(Callback):
         self._dense = None if dense is None else Dense(dict(dense["widths"]), dict(dense["costs"]))
         self._widths = dict(state_dict["widths"])
         self._skipped = dict(state_dict["skipped"])
-        self._evidence = Evidence(**state_dict["evidence"])
+        self._learning.evidence = Evidence(**state_dict["evidence"])
 
     def pruning_summary(self) -> dict[str, Any]:
         """Say what was done so far, as plain data for the report.
@@ -186,7 +198,11 @@ class StructuralPruning(Callback):
     def _config(self) -> dict[str, Any]:
         recipe = {**asdict(self.recipe), "budget": {self.budget.kind: self.budget.fraction}}
         lists = {"include": list(self.include), "exclude": list(self.exclude)}
-        others = {"schedule": asdict(self.schedule), "regularization": self.regularization}
+        others = {
+            "schedule": asdict(self.schedule),
+            "regularization": self.regularization,
+            "recalibrate": self.recalibrate,
+        }
         return {**recipe, **others, **lists}
 
     # ------------------------------------------------------------------ hooks
@@ -206,8 +222,8 @@ class StructuralPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace the network, see whether the budget can be met, and show what it will come to."""
         self._timeline = _clock.plan(trainer, pl_module, self.schedule)
-        if self.importance in GRADIENT_IMPORTANCES and self._timeline.level_at(0) > self._level:
-            expected = "one that needs no gradients when the first cut is before the first step"
+        if self._learning.gathers and self._timeline.level_at(0) > self._level:
+            expected = "one that needs no training steps when the first cut is before the first step"
             remedy = "begin the schedule later"
             raise ConfigurationError.of(_OWNER, "importance", expected, self.importance, remedy)
         self._calls, self._example = _network.find(trainer, pl_module, self.example_input, _OWNER)
@@ -239,31 +255,39 @@ class StructuralPruning(Callback):
                 pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=shown)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Learn from the gradients which channels matter, and press on those that do not."""
+        """Learn which channels matter, and press on those that do not."""
         if self._timeline is None or self._level >= 1.0:
             return
-        if self.importance in GRADIENT_IMPORTANCES and optimizer is trainer.optimizers[0]:
-            score = GRADIENT_IMPORTANCES[self.importance]
-            self._evidence.add({g.name: score(pl_module, g) for g in self._groups if not g.reason})
+        self._learning.learn(trainer, pl_module, optimizer)
         if self.regularization:
             time = _clock.now(trainer, pl_module, self._timeline.interval)
-            strength = self.regularization * min(1.0, (time + 1) / (self._timeline.end + 1))
-            mine = [p for group in optimizer.param_groups for p in group["params"]]
-            press(self._penalties, strength, mine)
+            self._learning.press(min(1.0, (time + 1) / (self._timeline.end + 1)), optimizer)
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
         """See the network anew when other layers have taken the place of some."""
         if change.removed and self._example is not None:
             self._evidence = Evidence()
-            network = _network.traced(pl_module, self._calls)
-            self._take_stock(network, survey(network, self._example, self._choose))
+            self.on_rollback(trainer, pl_module)
+
+    def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the structure as it is now, such as that of an earlier time."""
+        assert self._example is not None
+        network = _network.traced(pl_module, self._calls)
+        self._take_stock(network, survey(network, self._example, self._choose))
+        self._log_due = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop watching the network."""
+        self._learning.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind on a module that is as it was."""
+        self._learning.stop()
         _checkpoint_hooks.uninstall(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; Lightning calls no teardown after an exception."""
+        self._learning.stop()
         _checkpoint_hooks.uninstall(pl_module)
         if exception.__class__.__name__ == "ProcessRaisedException":
             # What `setup` raised in a spawned process comes out of the launcher as mere text.
@@ -283,7 +307,7 @@ class StructuralPruning(Callback):
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._timeline is None:
             return
-        level = self._timeline.level_at(_clock.now(trainer, pl_module, self._timeline.interval))
+        level = _clock.level(trainer, pl_module, self._timeline, self)
         # What was reached stays reached: a second fit of the same module starts from a small network.
         if level > self._level:
             self._cut(trainer, pl_module, level)
@@ -292,12 +316,14 @@ class StructuralPruning(Callback):
         """Plan on rank 0, and cut the same on all ranks."""
         change = self._plan(trainer, pl_module, level)
         self._level = level
-        self._evidence = Evidence()
+        self._learning.evidence = Evidence()
+        assert self._example is not None
+        network = _network.traced(pl_module, self._calls)
         if change:
             emit(trainer, "on_before_pruning", pl_module)
             follow(trainer, pl_module, change)
-        assert self._example is not None
-        network = _network.traced(pl_module, self._calls)
+            if self.recalibrate:
+                recalibrate_norms(trainer, pl_module, network, self._calls, self.recalibrate)
         proven = {group.name: group.reason for group in self._groups}
         self._take_stock(network, survey(network, self._example, self._choose, proven))
         achieved, target = self._now[self.budget.kind], self.budget.fraction_at(level)
@@ -312,7 +338,7 @@ class StructuralPruning(Callback):
         if trainer.is_global_zero:
             network = _network.traced(pl_module, self._calls)
             try:
-                scores = self._evidence.scores()
+                scores = self._learning.evidence.scores()
                 change = plan(network, self._groups, self.recipe, self._dense, level, self._example, scores)
                 message = plain(change)
             except LightningPruneError as error:
@@ -334,10 +360,19 @@ class StructuralPruning(Callback):
         self._widths = {group.name: group.channels for group in groups}
         self._skipped = {group.name: group.reason for group in groups if group.reason}
         self._groups = list(groups)
-        self._penalties = penalties(network, groups, self.importance) if self.regularization else []
+        if self._level < 1.0:
+            self._learning.attend(network, groups)
+        else:
+            self._learning.stop()
 
 
 def _fraction_of_loss(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ConfigurationError.of(_OWNER, "regularization", "a number from 0", value, "write 1e-4")
     return float(value)
+
+
+def _number_of_batches(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigurationError.of(_OWNER, "recalibrate", "a number of batches from 0", value, "write 32")
+    return value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ConfigurationError, near_matches
+from lightning_prune.structure.activations import ACTIVATION_IMPORTANCES
 from lightning_prune.structure.groups import Group, Member
 
 Importance = Callable[[nn.Module, Group], Tensor]
@@ -217,29 +218,21 @@ class Evidence:
         return {name: _on_average_one(total) for name, total in self.totals.items()}
 
 
-def importance_named(name: str, owner: str = "StructuralPruning") -> Importance:
-    """Look up an importance by name.
+def check_importance(name: str, owner: str = "StructuralPruning") -> None:
+    """Raise ConfigurationError if there is no importance of a name.
 
     Args:
-        name: `"magnitude"` (L2), `"l1"`, `"bn_scale"`, `"fpgm"`, `"lamp"`, `"random"`, and, from gradients,
-            `"taylor"` and `"hessian"`.
+        name: `"magnitude"` (L2), `"l1"`, `"bn_scale"`, `"fpgm"`, `"lamp"`, `"random"`; from gradients
+            `"taylor"` and `"hessian"`; from activations `"activation"` and `"apoz"`.
         owner: Who asks, for the error message.
 
-    Returns:
-        The function.
-
-    Raises:
-        ConfigurationError: There is none of that name.
-
     Example:
-        >>> importance_named("random") is random
-        True
+        >>> check_importance("random")
     """
-    known = {**IMPORTANCES, **GRADIENT_IMPORTANCES}
+    known = (*IMPORTANCES, *GRADIENT_IMPORTANCES, *ACTIVATION_IMPORTANCES)
     if name not in known:
         hint = near_matches(str(name), known)[:-1]
         raise ConfigurationError.of(owner, "importance", f"one of {sorted(known)}", name, hint)
-    return known[name]
 
 
 def weights_of(module: nn.Module, group: Group) -> list[tuple[Tensor, Member]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.loading import load_pruned
 from lightning_prune.schedules import Schedule
-from lightning_prune.structure.budget import Budget
+from lightning_prune.structure.activations import ACTIVATION_IMPORTANCES
+from lightning_prune.structure.budget import SCOPES, Budget
 from lightning_prune.structure.importance import GRADIENT_IMPORTANCES, IMPORTANCES
 
 pytestmark = LIGHTNING_WARNINGS
@@ -26,8 +28,16 @@ def pruning(importance: str, **kwargs) -> StructuralPruning:
     return StructuralPruning(Budget(macs=0.5), schedule=schedule, round_to=1, importance=importance, **kwargs)
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("importance", [*IMPORTANCES, *GRADIENT_IMPORTANCES])
+GATHERED = [*GRADIENT_IMPORTANCES, *ACTIVATION_IMPORTANCES]
+
+
+@pytest.mark.parametrize(
+    ("importance", "scope"),
+    [
+        *((name, "global") for name in (*IMPORTANCES, *GATHERED)),
+        *product(("magnitude", "taylor"), SCOPES[1:]),
+    ],
+)
 def test_every_importance_meets_the_budget(tmp_path, importance, scope):
     net = Net("adamw")
     fit = trainer(tmp_path, pruning(importance, scope=scope), max_epochs=5)
@@ -55,10 +65,48 @@ def test_gradient_scores_are_the_means_of_what_each_step_says(tmp_path, importan
     callback = pruning(importance, schedule=Schedule("one_shot", 3, unit="epoch"))
     trainer(tmp_path, callback, Watch(), StopAfter(1), max_epochs=4).fit(Net(), data())
     mean = torch.stack(wanted).mean(0)
-    torch.testing.assert_close(callback._evidence.scores()["a.0"], mean / mean.mean())
+    torch.testing.assert_close(callback._learning.evidence.scores()["a.0"], mean / mean.mean())
 
 
-@pytest.mark.parametrize("importance", GRADIENT_IMPORTANCES)
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}], ids=str)
+def test_activities_are_means_over_steps_of_what_their_batches_say(tmp_path, options):
+    """Against the definition: the mean over optimizer steps, each the mean over its batches."""
+    batches: list[torch.Tensor] = []
+    steps: list[torch.Tensor] = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            def note(layer, inputs):
+                if layer.training:
+                    batches.append(inputs[0].detach().abs().mean((0, 2, 3)))
+
+            pl_module.b[0].register_forward_pre_hook(note)
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            steps.append(torch.stack(batches).mean(0))
+            batches.clear()
+
+    callback = pruning("activation", schedule=Schedule("one_shot", 3, unit="epoch"))
+    fit = trainer(tmp_path, callback, Watch(), StopAfter(1), max_epochs=4, **options)
+    fit.fit(Net(), data(), data())
+    mean = torch.stack(steps).mean(0)
+    torch.testing.assert_close(callback._learning.evidence.scores()["a.0"], mean / mean.mean())
+    assert len(steps) == (6 if options else 16)
+
+
+@pytest.mark.parametrize("importance", ACTIVATION_IMPORTANCES)
+def test_no_watching_hook_is_left_and_the_run_is_otherwise_the_same(tmp_path, importance):
+    late = Schedule("one_shot", 3, unit="epoch")
+    ends = []
+    for callback in (pruning(importance, schedule=late), pruning("magnitude", schedule=late)):
+        net = Net("adamw")
+        trainer(tmp_path, callback, StopAfter(1), max_epochs=4).fit(net, data(), data())
+        assert not any(layer._forward_pre_hooks for layer in net.modules())
+        ends.append(net.state_dict())
+    assert_equal_state(*ends)
+
+
+@pytest.mark.parametrize("importance", GATHERED)
 def test_channels_that_do_nothing_go_first(tmp_path, importance):
     net = Net()
     with torch.no_grad():
@@ -74,8 +122,8 @@ def test_channels_that_do_nothing_go_first(tmp_path, importance):
     assert bool((net.a[0].weight.flatten(1).abs().sum(1) > 0).all())
 
 
-@pytest.mark.parametrize("importance", GRADIENT_IMPORTANCES)
-def test_gradient_importance_needs_a_step_before_the_first_cut(tmp_path, importance):
+@pytest.mark.parametrize("importance", GATHERED)
+def test_gathered_importance_needs_a_step_before_the_first_cut(tmp_path, importance):
     with pytest.raises(ConfigurationError, match="begin the schedule later"):
         trainer(tmp_path, pruning(importance, schedule=Schedule("one_shot"))).fit(Net(), data())
 
@@ -88,21 +136,22 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.current_epoch == self.epoch
 
 
-def test_what_gradients_said_survives_a_resume(tmp_path):
-    def taylor():
-        return pruning("taylor", schedule=Schedule("linear", 1, 4, unit="epoch"), regularization=1e-3)
+@pytest.mark.parametrize("importance", ["taylor", "activation"])
+def test_what_training_said_survives_a_resume(tmp_path, importance):
+    def gathering():
+        return pruning(importance, schedule=Schedule("linear", 1, 4, unit="epoch"), regularization=1e-3)
 
     whole = Net("adamw")
-    trainer(tmp_path, taylor(), max_epochs=6).fit(whole, data())
+    trainer(tmp_path, gathering(), max_epochs=6).fit(whole, data())
     keep = ModelCheckpoint(tmp_path, save_last=True)
-    first = trainer(tmp_path, taylor(), keep, StopAfter(2), max_epochs=6, enable_checkpointing=True)
+    first = trainer(tmp_path, gathering(), keep, StopAfter(2), max_epochs=6, enable_checkpointing=True)
     first.fit(Net("adamw"), data())
     resumed, last, keep = (
         Net("adamw", seed=4),
         tmp_path / "last.ckpt",
         ModelCheckpoint(tmp_path, save_last=True),
     )
-    second = trainer(tmp_path, taylor(), keep, max_epochs=6, enable_checkpointing=True)
+    second = trainer(tmp_path, gathering(), keep, max_epochs=6, enable_checkpointing=True)
     second.fit(resumed, data(), ckpt_path=last, weights_only=True)
     assert_equal_state(whole.state_dict(), resumed.state_dict())
 
