@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from lightning_prune.callbacks.accuracy_guard import AccuracyGuard
 from lightning_prune.callbacks.after_pruning import AfterPruning
 from lightning_prune.callbacks.edge_export import EdgeExport
+from lightning_prune.callbacks.layer_pruning import LayerPruning
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.deploy.onnx import Onnx
@@ -23,6 +24,7 @@ __all__ = [
     "AfterPruning",
     "Budget",
     "EdgeExport",
+    "LayerPruning",
     "MagnitudePruning",
     "Onnx",
     "Profile",

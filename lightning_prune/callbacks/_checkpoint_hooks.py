@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune._lightning import LightningModule
+from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.callbacks._averages import averaged_modules
+from lightning_prune.callbacks._follow import check_strategy
 from lightning_prune.errors import CheckpointError
 from lightning_prune.structure import manifest
 
@@ -45,6 +46,23 @@ def uninstall(module: LightningModule) -> None:
         return
     for name in (_DENSE, "on_load_checkpoint", "on_save_checkpoint"):
         vars(module).pop(name, None)
+
+
+def clean_up(trainer: Trainer, module: LightningModule, exception: BaseException, owner: str) -> None:
+    """Leave no hook behind after an exception, when Lightning calls no teardown.
+
+    Args:
+        trainer: The trainer.
+        module: The LightningModule.
+        exception: What was raised.
+        owner: Which callback asks.
+
+    Raises:
+        StrategyError: `setup` raised it in a spawned process, out of which it comes as mere text.
+    """
+    uninstall(module)
+    if type(exception).__name__ == "ProcessRaisedException":
+        check_strategy(trainer.strategy, owner)
 
 
 def on_load_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -7,19 +7,29 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lightning_prune.structure.blocks import Block
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.plan import Outlook
 
-_UNITS = {"channels": "channels", "params": "parameters", "macs": "MACs"}
+_UNITS = {"channels": "channels", "blocks": "blocks", "params": "parameters", "macs": "MACs"}
 
 
-def show(outlook: Outlook, groups: Sequence[Group], console: Console | None = None) -> None:
+def show(
+    outlook: Outlook,
+    groups: Sequence[Group | Block],
+    console: Console | None = None,
+    *,
+    title: str = "Structural pruning",
+    parts: str = "groups",
+) -> None:
     """Print what the budget will come to, and which layers stay intact and why.
 
     Args:
         outlook: What `structure.plan.foresee` worked out.
-        groups: The channel groups.
+        groups: The channel groups, or the blocks.
         console: Where to print.
+        title: What is foreseen.
+        parts: What the groups are called.
 
     Example:
         >>> outlook = Outlook("macs", 100.0, 100.0, 50.0, 48.0, 9.0)
@@ -33,7 +43,7 @@ def show(outlook: Outlook, groups: Sequence[Group], console: Console | None = No
          smallest possible     9       0.09
     """
     console = console or Console()
-    table = Table(title="Structural pruning, before training", title_justify="left", box=None)
+    table = Table(title=f"{title}, before training", title_justify="left", box=None)
     table.add_column("")
     table.add_column(_UNITS[outlook.kind], justify="right")
     table.add_column("of dense", justify="right")
@@ -51,4 +61,4 @@ def show(outlook: Outlook, groups: Sequence[Group], console: Console | None = No
     if intact:
         names = "; ".join(f"{group.name} ({group.reason})" for group in intact[:6])
         more = f"; and {len(intact) - 6} more, see `lightning-prune inspect`" if len(intact) > 6 else ""
-        console.print(f"{len(intact)} of {len(groups)} groups stay intact: {names}{more}", highlight=False)
+        console.print(f"{len(intact)} of {len(groups)} {parts} stay intact: {names}{more}", highlight=False)

@@ -7,7 +7,6 @@ and the random generators are put back.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.cost import copied
 from lightning_prune.deploy.calls import REMEDY, Call, detached, submodule, untouched_rng
 from lightning_prune.errors import TracingError
 
@@ -60,7 +60,7 @@ class Rehearsal:
         submodule(pl_module, name)
         try:
             with torch.inference_mode(False):
-                self.copy = copy.deepcopy(pl_module)
+                self.copy = copied(pl_module)
         except Exception as error:
             raise TracingError(
                 f"{type(pl_module).__name__} cannot be copied to try a step on ({error}); {REMEDY}."

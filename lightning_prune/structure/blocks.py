@@ -280,7 +280,7 @@ def _trial(module: nn.Module, blocks: Sequence[Block], example: Example) -> str:
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.fill_(1 / parameter[0].numel())
-        overruled.get_submodule(block.name).register_forward_hook(_overrule(layer), with_kwargs=True)
+        overruled.get_submodule(block.name).register_forward_hook(overrule(layer), with_kwargs=True)
         put(smaller, block.name, copied(layer))
     try:
         wanted = _outputs(overruled, example)
@@ -312,7 +312,9 @@ def stand_in(module: nn.Module, block: Block) -> nn.Module:
     return build(block.spec).to(device=like.device, dtype=like.dtype)
 
 
-def _overrule(layer: nn.Module) -> Callable[..., Any]:
+def overrule(layer: nn.Module) -> Callable[..., Any]:
+    """Make a forward hook that lets a layer speak for a block."""
+
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         return layer(*args, **kwargs)
 

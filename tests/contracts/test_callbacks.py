@@ -17,6 +17,7 @@ from lightning_prune import (
     AfterPruning,
     Budget,
     EdgeExport,
+    LayerPruning,
     MagnitudePruning,
     Schedule,
     StructuralPruning,
@@ -64,6 +65,7 @@ def make(name, tmp_path):
         "AfterPruning": AfterPruning,
         "MagnitudePruning": lambda: MagnitudePruning(0.5, schedule=SOON),
         "StructuralPruning": lambda: StructuralPruning(Budget(macs=0.7), schedule=SOON, round_to=1),
+        "LayerPruning": lambda: LayerPruning(1, schedule=SOON, include=["net.0"]),
         "EdgeExport": lambda: EdgeExport(str(tmp_path / "edge"), quantize=None, profile=None),
     }[name]()
 
@@ -115,6 +117,7 @@ def test_every_callback_is_covered(tmp_path):
         "AccuracyGuard",
         "AfterPruning",
         "EdgeExport",
+        "LayerPruning",
         "MagnitudePruning",
         "StructuralPruning",
     ]
@@ -171,6 +174,8 @@ def test_no_hook_is_left_after_a_fit_that_changed_nothing_structural(name, tmp_p
     callback = make(name, tmp_path)
     if name == "StructuralPruning":
         callback = StructuralPruning(Budget(macs=1.0), schedule=SOON)
+    if name == "LayerPruning":
+        callback = LayerPruning(Budget(macs=1.0), schedule=SOON, include=["net.0"])
     running, module = fit([callback], tmp_path)
     assert hooks_of(module, running.optimizers) == []
 

@@ -5,6 +5,7 @@ EXPECTED = {
     "AfterPruning",
     "Budget",
     "EdgeExport",
+    "LayerPruning",
     "MagnitudePruning",
     "Onnx",
     "Profile",
