@@ -14,7 +14,8 @@ class Member:
 
     Attributes:
         tensor: The parameter's or buffer's qualified name; `"layer#"` for a normalisation layer that has
-            neither, and knows its width as a number only.
+            neither, and knows its width as a number only; `"module@attribute"` or `"module@attribute[2]"`
+            for a number in a module of the user's, as a dimension of that many positions.
         dim: The dimension.
         channel: The group's channels, shape (k,): `channel[i]` sits at `position[i]`. Channels of an atom are
             all named by its first.
@@ -39,7 +40,21 @@ class Member:
         """
         if self.tensor.endswith("#"):
             return self.tensor[:-1]
+        if "@" in self.tensor:
+            return attribute_of(self.tensor)[0]
         return self.tensor.rpartition(".")[0] or self.tensor
+
+
+def attribute_of(name: str) -> tuple[str, str, int | None]:
+    """Take apart the name of a number in a module: the module, its attribute, and where in a list it is.
+
+    Example:
+        >>> attribute_of("blocks.0@num_heads"), attribute_of("@sizes[1]")
+        (('blocks.0', 'num_heads', None), ('', 'sizes', 1))
+    """
+    module, _, rest = name.partition("@")
+    attribute, _, place = rest.rstrip("]").partition("[")
+    return module, attribute, int(place) if place else None
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Group:
         block: Shape (atoms,): every block must keep equally many atoms.
         reason: Why none may go, or empty.
         makers: Every layer that makes them.
+        unit: How many channels of the first layer the smallest step takes, where that is not `step`.
     """
 
     name: str
@@ -63,6 +79,7 @@ class Group:
     block: Tensor
     reason: str = ""
     makers: tuple[str, ...] = ()
+    unit: int = 0
 
     @property
     def atoms(self) -> int:

@@ -50,6 +50,19 @@ def _recurrent(rnn: Any, shapes: Shapes) -> Attributes:
     return sizes
 
 
+def _attention(attention: Any, shapes: Shapes) -> Attributes:
+    packed = "in_proj_weight" in shapes
+    rows, embed = shapes["in_proj_weight" if packed else "q_proj_weight"]
+    heads = (rows // 3 if packed else rows) // attention.head_dim
+    others = (embed, embed) if packed else (shapes["k_proj_weight"][1], shapes["v_proj_weight"][1])
+    return {"embed_dim": embed, "kdim": others[0], "vdim": others[1], "num_heads": heads}
+
+
+def _bilinear(bilinear: Any, shapes: Shapes) -> Attributes:
+    out, first, second = shapes["weight"]
+    return {"in1_features": first, "in2_features": second, "out_features": out}
+
+
 def _recurrent_cell(cell: Any, shapes: Shapes) -> Attributes:
     return {"input_size": shapes["weight_ih"][1], "hidden_size": shapes["weight_hh"][1]}
 
@@ -70,11 +83,13 @@ _KINDS: tuple[tuple[Any, tuple[str, ...], Callable[[Any, Shapes], Attributes]], 
     (nn.GroupNorm, ("num_channels", "num_groups"), _group_norm),
     (nn.PReLU, ("num_parameters",), lambda prelu, shapes: {"num_parameters": shapes["weight"][0]}),
     (
-        nn.Embedding,
+        (nn.Embedding, nn.EmbeddingBag),
         ("num_embeddings", "embedding_dim"),
         lambda table, shapes: {"num_embeddings": shapes["weight"][0], "embedding_dim": shapes["weight"][1]},
     ),
+    (nn.Bilinear, ("in1_features", "in2_features", "out_features"), _bilinear),
     (nn.RNNBase, ("input_size", "hidden_size", "proj_size"), _recurrent),
+    (nn.MultiheadAttention, ("embed_dim", "kdim", "vdim", "num_heads"), _attention),
     (nn.RNNCellBase, ("input_size", "hidden_size"), _recurrent_cell),
 )
 
@@ -95,8 +110,88 @@ def attributes_of(module: nn.Module) -> Attributes:
         {}
     """
     names = next((names for kinds, names, _ in _KINDS if isinstance(module, kinds)), ())
-    values = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    values = {
+        name: getattr(module, name) for name in (*names, *dense_widths(module)) if hasattr(module, name)
+    }
     return {name: value if isinstance(value, int) else tuple(value) for name, value in values.items()}
+
+
+def own_widths(module: nn.Module) -> dict[str, int | list[int] | tuple[int, ...]]:
+    """List the attributes of a user's module that may hold widths: whole numbers, and lists of them.
+
+    Args:
+        module: Any module; most of PyTorch's own have none but those that `attributes_of` knows.
+
+    Returns:
+        `{attribute: value}`, as they stand in the module.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     num_heads: int
+        >>> attention = Attention()
+        >>> attention.num_heads, attention.scale = 4, 0.5
+        >>> own_widths(attention)
+        {'num_heads': 4}
+    """
+    theirs = type(module).__module__.startswith(("torch.", "lightning_prune."))
+    if theirs and not isinstance(module, (nn.Transformer, nn.Unflatten)):
+        return {}
+    known = next((names for kinds, names, _ in _KINDS if isinstance(module, kinds)), ())
+    return {n: v for n, v in vars(module).items() if n not in known and n != _DENSE and _is_width(v)}
+
+
+def _is_width(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return 0 < len(value) <= 64 and all(type(item) is int for item in value)
+    return type(value) is int
+
+
+_DENSE = "_dense_widths"
+
+
+def dense_widths(module: nn.Module) -> Attributes:
+    """Return the dense values of the user's own attributes that cuts have changed in a module.
+
+    Example:
+        >>> dense_widths(nn.Linear(1, 1))
+        {}
+    """
+    remembered: Attributes = vars(module).get(_DENSE, {})
+    return remembered
+
+
+def may_hold(module: nn.Module, attribute: str) -> bool:
+    """Tell whether an attribute of a module is one that a cut could have changed.
+
+    Example:
+        >>> may_hold(nn.Linear(4, 2), "in_features"), may_hold(nn.Linear(4, 2), "bias")
+        (True, False)
+    """
+    return attribute in attributes_of(module) or attribute in own_widths(module)
+
+
+def write(module: nn.Module, values: Mapping[str, int | tuple[int, ...]]) -> None:
+    """Set attributes of a layer; of the user's own, remember the dense value.
+
+    Args:
+        module: The layer.
+        values: `{attribute: value}`; a list stays a list.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> write(layer, {"in_features": 3})
+        >>> layer
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    own = own_widths(module)
+    for name, value in values.items():
+        if name in own:
+            now = own[name]
+            dense = dict(dense_widths(module))
+            dense.setdefault(name, now if isinstance(now, int) else tuple(now))
+            vars(module)[_DENSE] = dense
+            value = value if isinstance(now, int) else type(now)(value)  # type: ignore[arg-type,assignment]
+        setattr(module, name, value)
 
 
 def attributes_after(module: nn.Module, shapes: Shapes) -> Attributes:

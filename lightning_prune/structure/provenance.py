@@ -36,11 +36,28 @@ class Labels:
         factors: Its labels; several where independent dimensions have their own.
         source: `WILD`, `PARAMETER` or `DATA`.
         view: Whether it shares memory with another tensor.
+        event: What it took to make it.
+        kept: Whether it outlives the pass: a parameter or a buffer.
     """
 
     factors: list[Tensor] = field(default_factory=list)
     source: int = WILD
     view: bool = False
+    event: Event | None = None
+    kept: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """One operator: what was found out in it, and what was done before.
+
+    Attributes:
+        found: Where in each list of the record it begins and ends.
+        before: The events of the tensors that it read.
+    """
+
+    found: tuple[tuple[int, int], ...]
+    before: tuple[Event, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,9 @@ class Record:
         read: Labels of weights that read channels.
         made: Labels of weights that make channels.
         balanced: `(labels in order, runs)`: every run must keep equally many.
+        demands: Numbers that must come out right after a cut, as `structure.sizes.Demand`s.
+        events: The operators that found something out.
+        results: The events that the network's outputs, and whatever outlives a pass, came from.
     """
 
     owners: list[Owner] = field(default_factory=list)
@@ -72,7 +92,42 @@ class Record:
     read: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     balanced: list[tuple[Tensor, int]] = field(default_factory=list)
+    demands: list[Any] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    results: list[Event] = field(default_factory=list)
     count: int = 1
+
+    def mark(self) -> tuple[int, ...]:
+        """Say how much was found out so far."""
+        return tuple(len(found) for found in self._found())
+
+    def _found(self) -> tuple[list[Any], ...]:
+        return self.pairs, self.pins, self.read, self.made, self.balanced, self.demands
+
+    def event(self, since: tuple[int, ...], before: Iterable[Event | None]) -> Event | None:
+        """Put together what was found out since a mark and what was done before."""
+        earlier = tuple(dict.fromkeys(event for event in before if event is not None))
+        found = tuple(zip(since, self.mark(), strict=True))
+        if all(start == stop for start, stop in found) and len(earlier) < 2:
+            return earlier[0] if earlier else None
+        event = Event(found, earlier)
+        self.events.append(event)
+        return event
+
+    def forget_what_is_not_used(self) -> None:
+        """Drop what was found out on ways that lead to none of the results: nothing depends on it."""
+        alive: set[int] = set()
+        waiting = list(self.results)
+        while waiting:
+            event = waiting.pop()
+            if id(event) not in alive:
+                alive.add(id(event))
+                waiting += event.before
+        dead = [event for event in self.events if id(event) not in alive]
+        for place, found in enumerate(self._found()):
+            gone = {at for event in dead for at in range(*event.found[place])}
+            found[:] = [item for at, item in enumerate(found) if at not in gone]
+        self.events, self.results = [], []
 
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -109,7 +164,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kept.append(small)
             else:
                 self.pin([small], "single channels of it are taken apart")
-        self.known[tensor] = Labels(kept, source, view)
+        self.known[tensor] = Labels(kept, source, view, kept=self.of(tensor).kept)
 
     def pin(self, factors: Iterable[Tensor], reason: str) -> None:
         """Make labels stay."""
@@ -152,8 +207,42 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         rule = self.rules.get(name) or self.rules.get(name.rstrip("_")) or self.fallback
+        inputs = [self.of(tensor).event for tensor in tensors_in((args, kwargs))]
+        since = self.record.mark()
         rule(self, func, args, kwargs, out)
+        self._happened(func, args, kwargs, out, self.record.event(since, inputs))
         return out
+
+    def _happened(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, event: Event | None
+    ) -> None:
+        outs = tensors_in(out)
+        for tensor in outs:
+            if (labels := self.known.get(tensor)) is not None:
+                labels.event = event
+        if event is None:
+            return
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                written = args[place] if place < len(args) else kwargs.get(argument.name)
+                if argument.is_write and isinstance(written, Tensor):
+                    labels = self.of(written)
+                    labels.event = event
+                    self.known[written] = labels
+                    if (
+                        labels.view or labels.kept
+                    ):  # what it is a part of, or outlives the pass, depends on it
+                        self.record.results.append(event)
+        elif not outs:  # a number, of which anything may be made
+            self.record.results.append(event)
+
+    def found(self, tensors: Sequence[Tensor], since: tuple[int, ...]) -> None:
+        """Say that these tensors take what was found out since a mark."""
+        event = self.record.event(since, [self.of(tensor).event for tensor in tensors])
+        for tensor in tensors:
+            labels = self.of(tensor)
+            labels.event = event
+            self.known[tensor] = labels
 
 
 def _overlap(left: Tensor, right: Tensor) -> bool:
@@ -204,6 +293,7 @@ def label(follower: Follower, name: str, tensor: Tensor) -> None:
                 new_labels(follower.record, name, dim, size).view(shape_at(dim, tensor.dim(), size))
             )
     follower.give(tensor, factors, PARAMETER)
+    follower.of(tensor).kept = True
 
 
 def align_recurrent(module: nn.Module, follower: Follower, state: Mapping[str, Tensor]) -> None:
@@ -239,13 +329,28 @@ def shape_at(dim: int, rank: int, size: int) -> tuple[int, ...]:
 
 def classes(record: Record) -> Tensor:
     """Give every label the smallest label of its class, shape (labels,)."""
-    parent = torch.arange(record.count)
-    if not record.pairs:
-        return parent
-    pairs = torch.unique(torch.cat(record.pairs))
-    left, right = pairs // _WIDE, pairs % _WIDE
+    pairs = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), *record.pairs]))
+    return connected(record.count, pairs // _WIDE, pairs % _WIDE)
+
+
+def connected(count: int, left: Tensor, right: Tensor) -> Tensor:
+    """Give every one of `count` items the smallest that it is connected with, shape (count,).
+
+    Args:
+        count: How many items there are.
+        left: One end of each connection, shape (n,).
+        right: The other end.
+
+    Returns:
+        The smallest item of each one's component.
+
+    Example:
+        >>> connected(5, torch.tensor([4, 2]), torch.tensor([2, 1]))
+        tensor([0, 1, 1, 3, 1])
+    """
+    parent = torch.arange(count)
     while True:
-        # Each label takes the smallest of its neighbours', then its parent's: logarithmically many rounds.
+        # Each takes the smallest of its neighbours', then its parent's: logarithmically many rounds.
         smallest = torch.minimum(parent[left], parent[right])
         new = parent.scatter_reduce(0, left, smallest, "amin").scatter_reduce(0, right, smallest, "amin")
         new = new.scatter_reduce(0, parent[left], smallest, "amin").scatter_reduce(

@@ -74,7 +74,11 @@ def move(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     known = f.of(args[0])
     outs = tensors_in(out)
     moved: list[list[Tensor]] = [[] for _ in outs]
+    unknown = _looked_up(func, args)
     for factor in known.factors:
+        if unknown & set(varying(factor)):
+            f.pin([factor], f"it goes through {func.overloadpacket.__name__}")
+            continue
         try:
             results = tensors_in(_rearranged(func, factor.expand(args[0].shape), args[1:], kwargs))
         except RuntimeError:
@@ -87,9 +91,23 @@ def move(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
         f.give(tensor, factors, known.source, view=view or known.view)
 
 
+def _looked_up(func: Any, args: tuple[Any, ...]) -> set[int]:
+    """The dimensions that are indexed by tensors without numbers."""
+    name = func.overloadpacket.__name__
+    if name == "index":
+        return {dim for dim, at in enumerate(args[1]) if at is not None and at.is_meta}
+    index = next((a for a in args[1:] if isinstance(a, Tensor)), None)
+    return {args[1] % max(1, args[0].dim())} if index is not None and index.is_meta else set()
+
+
+def _index(tensor: Tensor) -> Tensor:
+    # Where labels are the same whatever is looked up, any number will do.
+    return torch.zeros(tensor.shape, dtype=torch.int64) if tensor.is_meta else tensor.cpu()
+
+
 def _rearranged(func: Any, labels: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
-    args = tree_map_only(Tensor, lambda tensor: tensor.to(labels.device), args)
+    args = tree_map_only(Tensor, _index, args)
     if name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
         return labels.reshape(args[0])
     if name == "constant_pad_nd":

@@ -34,8 +34,8 @@ def masked(dense: nn.Module, change: Change) -> nn.Module:
                 read = gone(change, f"{prefix}weight", dim, layer.weight.shape[dim])
                 if read is not None:
                     layer.weight.index_fill_(dim, read.nonzero().flatten(), 0.0)
-            elif isinstance(layer, nn.RNNBase):
-                for label, weight in layer.named_parameters():
+            elif isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)):
+                for label, weight in layer.named_parameters(recurse=False):
                     read = (
                         gone(change, f"{prefix}{label}", 1, weight.shape[-1]) if weight.dim() == 2 else None
                     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import attention_networks as attentions
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -532,6 +533,11 @@ class Case:
     free: tuple[str, ...]
 
 
+def encoder_parts(path: str, depth: int) -> tuple[str, ...]:
+    ends = ("self_attn.in_proj_weight", "linear1")
+    return tuple(f"{path.format(place)}.{end}" for place in range(depth) for end in ends)
+
+
 CASES: dict[str, Case] = {
     "residual": Case(Residual, image(), ("stem.0", "a.0", "down")),
     "bottleneck": Case(
@@ -556,10 +562,10 @@ CASES: dict[str, Case] = {
     "frozen batch norm": Case(Detector, image(), ("stem", "body.0", "tower.0")),
     "auxiliary head": Case(Auxiliary, image(), ("a.0", "b.0", "aux.0")),
     "channel multiplier": Case(Multiplied, image(), ("stem.0", "out.0")),
-    "qkv attention": Case(QkvBlock, lambda: torch.randn(2, 5, 12), ("embed", "up")),
-    "bert": Case(BertBlock, lambda: torch.randint(11, (2, 5)), ("o", "up")),
+    "qkv attention": Case(QkvBlock, lambda: torch.randn(2, 5, 12), ("embed", "attention.qkv", "up")),
+    "bert": Case(BertBlock, lambda: torch.randint(11, (2, 5)), ("q", "o", "up")),
     "transformer encoder": Case(
-        Encoder, lambda: torch.randn(2, 5, 12), ("encoder.layers.0.linear1", "encoder.layers.1.linear1")
+        Encoder, lambda: torch.randn(2, 5, 12), ("embed", *encoder_parts("encoder.layers.{}", 2))
     ),
     "lstm": Case(Speech, lambda: torch.randn(2, 1, 7, 6), ("a.0", "b.0", "rnn.weight_ih_l0", "mid")),
     "gru": Case(
@@ -574,4 +580,56 @@ CASES: dict[str, Case] = {
     "causal": Case(Causal, lambda: torch.randn(2, 4, 20), ("a", "c")),
     "mixer": Case(Mixer, image(), ("embed", "t1", "c1")),
     "computed weights": Case(Normed, image(), ("c",)),
+}
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 5, 12)
+
+
+def tower(attention: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: attentions.Tower(attention)
+
+
+def parts_of(*ends: str, stream: str = "embed") -> tuple[str, ...]:
+    return (stream, *(f"blocks.{place}.{end}" for place in (0, 1) for end in (*ends, "up")))
+
+
+_TORCH = "attention.inner.in_proj_weight"
+CASES |= {
+    "qkv by the stream's width": Case(tower(attentions.FromShape), tokens, parts_of()),
+    "qkv split": Case(tower(attentions.Split), tokens, parts_of()),
+    "qkv chunked": Case(tower(attentions.Chunked), tokens, parts_of("attention.to_qkv")),
+    "distilbert": Case(tower(attentions.Distil), tokens, parts_of("attention.q_lin")),
+    "grouped queries": Case(tower(attentions.Grouped), tokens, parts_of("attention.q")),
+    "windows": Case(tower(attentions.Window), lambda: torch.randn(2, 16, 12), parts_of()),
+    "attention by einsum": Case(tower(attentions.Einsum), tokens, parts_of("attention.q")),
+    "torch attention": Case(tower(attentions.Torch), tokens, parts_of(_TORCH)),
+    "torch attention with everything": Case(
+        tower(lambda: attentions.Torch(weights=True, batch_first=True, add_bias_kv=True, add_zero_attn=True)),
+        tokens,
+        parts_of(_TORCH),
+    ),
+    "torch attention without bias": Case(
+        tower(lambda: attentions.Torch(bias=False)), tokens, parts_of(_TORCH)
+    ),
+    "cross-attention": Case(attentions.Cross, tokens, ("embed", "keys", "values", "attention.q_proj_weight")),
+    "cross-attention whose weights are an output": Case(
+        lambda: attentions.Cross(weights=True), tokens, ("embed", "keys", "values")
+    ),
+    "vit": Case(attentions.Vit, image(), parts_of(_TORCH, stream="conv_proj")),
+    "vit by the stream's width": Case(
+        lambda: attentions.Vit(attentions.FromShape), image(), parts_of(stream="conv_proj")
+    ),
+    "padded encoder": Case(attentions.Masked, tokens, ("embed", *encoder_parts("encoder.layers.{}", 2))),
+    "encoder and decoder": Case(
+        attentions.Decoder,
+        tokens,
+        (
+            "source",
+            "inner.decoder.layers.0.multihead_attn.in_proj_weight",
+            *encoder_parts("inner.encoder.layers.0", 1),
+            *encoder_parts("inner.decoder.layers.0", 1),
+        ),
+    ),
 }
