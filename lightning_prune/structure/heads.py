@@ -127,15 +127,18 @@ def settle(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) in (nn.MultiheadAttention, FreeMultiheadAttention):
             _settle(layer)
-    encoder: Any
     for encoder in module.modules():
         if isinstance(encoder, nn.TransformerEncoder):
-            free = any(isinstance(child, FreeMultiheadAttention) for child in encoder.modules())
-            # Nested tensors are for the fused kernel only.
-            if free and getattr(encoder, "use_nested_tensor", False):
-                encoder.use_nested_tensor, encoder.nested_before_cut = False, True
-            elif not free and vars(encoder).pop("nested_before_cut", False):
-                encoder.use_nested_tensor = True
+            _settle_encoder(encoder)
+
+
+def _settle_encoder(encoder: Any) -> None:
+    free = any(isinstance(child, FreeMultiheadAttention) for child in encoder.modules())
+    # Nested tensors are for the fused kernel only.
+    if free and getattr(encoder, "use_nested_tensor", False):
+        encoder.use_nested_tensor, encoder.nested_before_cut = False, True
+    elif not free and vars(encoder).pop("nested_before_cut", False):
+        encoder.use_nested_tensor = True
 
 
 def _settle(layer: Any) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_prune.cost import skeleton
 from lightning_prune.errors import CheckpointError
-from lightning_prune.structure.layers import attributes_of
+from lightning_prune.structure.heads import settle
+from lightning_prune.structure.layers import attributes_of, dense_widths, may_hold, write
 from lightning_prune.structure.replaced import bring_in_line, specs
 from lightning_prune.structure.surgery import resize, take
 
@@ -87,10 +88,9 @@ def reshape(module: nn.Module, description: Mapping[str, Any]) -> None:
         if tuple(tensor.shape) != shape:
             data = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             resize(tensor, take(data, (), like=tensor))
-    for name, values in wanted.attributes.items():
-        layer = module.get_submodule(name)
-        for attribute, value in values.items():
-            setattr(layer, attribute, value)
+    for name, layer in module.named_modules():
+        write(layer, {**dense_widths(layer), **wanted.attributes.get(name, {})})
+    settle(module)
 
 
 def differs(module: nn.Module, description: Mapping[str, Any]) -> bool:
@@ -229,7 +229,7 @@ def _check(module: nn.Module, wanted: _Structure) -> None:
                 f"dimensions in {kind}, {len(shape)} in the checkpoint."
             )
     for name, values in wanted.attributes.items():
-        if name not in layers or not set(values) <= set(attributes_of(layers[name])):
+        if name not in layers or not all(may_hold(layers[name], a) for a in values):
             raise CheckpointError(f"The structure in the checkpoint is of another network: see {name!r}.")
 
 
