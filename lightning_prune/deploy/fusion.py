@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.deploy.runtime import open_session
+from lightning_prune.deploy.storage import load_graph
 
 _INTEGER_OPS = {
     "QLinearConv", "QLinearMatMul", "QGemm", "QAttention", "QLinearConvTranspose", "ConvInteger",
@@ -27,9 +28,7 @@ _FLOAT_OPS = {
 
 def layers_of(source: str | Path) -> dict[str, str]:
     """Return the layer that each weighted compute node of a file belongs to, from the name of its weight."""
-    import onnx
-
-    graph = onnx.load(str(source)).graph
+    graph = load_graph(source).graph
     initializers = {item.name for item in graph.initializer}
     layers = {}
     for node in graph.node:
@@ -51,14 +50,13 @@ def masking_nodes(source: str | Path) -> list[str]:
         The names of the nodes; they cost next to nothing in float.
     """
     import numpy as np
-    import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(str(source)).graph
+    graph, folder = load_graph(source).graph, str(Path(source).parent)
     endless = {
         item.name
         for item in graph.initializer
-        if item.data_type in _FLOATING and np.any(np.abs(numpy_helper.to_array(item)) > _ENDLESS)
+        if item.data_type in _FLOATING and np.any(np.abs(numpy_helper.to_array(item, folder)) > _ENDLESS)
     }
     found = []
     for node in graph.node:
@@ -68,8 +66,8 @@ def masking_nodes(source: str | Path) -> list[str]:
     return found
 
 
-def held_in_float(part: Path, nodes: Sequence[str]) -> bytes:
-    """Return a quantized model in which the excluded nodes really stay in float.
+def held_in_float(proto: Any, nodes: Sequence[str]) -> Any:
+    """Change a quantized model so that the excluded nodes really stay in float.
 
     ONNX Runtime quantizes the weight of a float convolution by itself when it finds it between a
     DequantizeLinear and a QuantizeLinear (its WeightBiasQuantization). A `Sum` of one operand, which no
@@ -77,7 +75,6 @@ def held_in_float(part: Path, nodes: Sequence[str]) -> bytes:
     """
     import onnx
 
-    proto = onnx.load(str(part))
     graph = proto.graph
     if nodes:
         held = {name for node in graph.node if node.name in nodes for name in node.output}
@@ -97,8 +94,7 @@ def held_in_float(part: Path, nodes: Sequence[str]) -> bytes:
             patched.append(node)
         del graph.node[:]
         graph.node.extend(patched)
-    data: bytes = proto.SerializeToString()
-    return data
+    return proto
 
 
 def with_own_weights(source: str | Path) -> Any:
@@ -134,12 +130,10 @@ def fusion_coverage(path: str | Path, excluded: Sequence[str] = ()) -> tuple[int
     Returns:
         How many run in integers, and those that do not, with the reason.
     """
-    import onnx
-
     with tempfile.TemporaryDirectory() as scratch:
         optimized = Path(scratch) / "optimized.onnx"
         open_session(path, threads=1, optimized=optimized)
-        graph = onnx.load(str(optimized)).graph
+        graph = load_graph(optimized).graph
     integer = 0
     floating = []
     weights = {item.name for item in graph.initializer}

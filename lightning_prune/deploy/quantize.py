@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_prune.deploy.calibration import Reader
-from lightning_prune.deploy.files import cannot_write, write_whole
+from lightning_prune.deploy.files import cannot_write
 from lightning_prune.deploy.fusion import (
     fusion_coverage,
     held_in_float,
@@ -29,6 +29,7 @@ from lightning_prune.deploy.fusion import (
     with_own_weights,
 )
 from lightning_prune.deploy.runtime import Feed, require_onnxruntime
+from lightning_prune.deploy.storage import data_files, parts_of, write_model
 from lightning_prune.deploy.weights import lost_zeros
 from lightning_prune.errors import ConfigurationError, OutputError, QuantizationError, near_matches
 
@@ -162,6 +163,8 @@ def quantize_file(
         MissingDependencyError: onnxruntime is not installed.
     """
     require_onnxruntime("quantization")
+    import onnx
+
     source, destination = Path(source), Path(destination)
     nodes = sorted({*_matching(source, config.exclude), *exclude_nodes})
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=destination.parent) as scratch, _quiet():
@@ -179,10 +182,11 @@ def quantize_file(
             raise QuantizationError(
                 f"{source.name} could not be quantized ({config.mode}): {type(error).__name__}: {error}"
             ) from error
-        write_whole(destination, held_in_float(part, nodes))
+        write_model(destination, held_in_float(onnx.load(str(part)), nodes))
     lost = lost_zeros(source, destination)
     if lost:
-        destination.unlink()
+        for file in parts_of(destination):
+            file.unlink()
         raise QuantizationError(f"Quantization would turn zeros into other values in {lost}.")
     layers = layers_of(source)
     kept = [layers.get(name, name) for name in nodes]
@@ -226,6 +230,7 @@ def _static(source: Path, part: Path, config: Quantize, reader: Reader, nodes: S
         # Its own default is an unordered set: the file would differ from run to run.
         op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry}),
         per_channel=True,
+        use_external_data_format=bool(data_files(source)),
         reduce_range=config.target == "x86-avx2",
         activation_type=ort.QuantType.QInt8 if signed else ort.QuantType.QUInt8,
         weight_type=ort.QuantType.QInt8,
@@ -252,6 +257,7 @@ def _dynamic(source: Path, part: Path, config: Quantize, nodes: Sequence[str]) -
         str(part),
         op_types_to_quantize=list(_DYNAMIC_OPS),
         per_channel=True,
+        use_external_data_format=bool(data_files(source)),
         reduce_range=config.target == "x86-avx2",
         weight_type=ort.QuantType.QInt8,
         nodes_to_exclude=list(nodes),

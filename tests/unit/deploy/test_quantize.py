@@ -97,7 +97,7 @@ def test_an_excluded_layer_really_runs_in_float(sparse_chain, tmp_path, layer):
 def test_without_our_help_onnxruntime_quantizes_an_excluded_layer(sparse_chain, tmp_path, monkeypatch):
     """If this fails, WeightBiasQuantization is gone and `held_in_float` can go too."""
     _, exported, feeds = sparse_chain
-    monkeypatch.setattr(quantize, "held_in_float", lambda part, nodes: part.read_bytes())
+    monkeypatch.setattr(quantize, "held_in_float", lambda proto, nodes: proto)
     done = quantize_file(exported.path, tmp_path / "q.onnx", Quantize(exclude=["2"]), feeds)
     assert "2.weight_quantized" not in arrays(done.path)
     assert done.floating == ()
@@ -196,14 +196,14 @@ def test_a_lost_zero_is_an_error_and_leaves_no_file(sparse_chain, tmp_path, monk
     _, exported, feeds = sparse_chain
     genuine = quantize.held_in_float
 
-    def spoiled(part, nodes):
-        proto = onnx.load_from_string(genuine(part, nodes))
+    def spoiled(proto, nodes):
+        genuine(proto, nodes)
         for item in proto.graph.initializer:
             if item.name == "2.weight_quantized":
                 values = numpy_helper.to_array(item).copy()
                 values[values == 0] = 1
                 item.CopyFrom(numpy_helper.from_array(values, item.name))
-        return proto.SerializeToString()
+        return proto
 
     monkeypatch.setattr(quantize, "held_in_float", spoiled)
     with pytest.raises(QuantizationError, match=r"zeros.*'2\.weight'"):

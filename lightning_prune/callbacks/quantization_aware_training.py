@@ -1,0 +1,411 @@
+"""Train the last part of a fit as the quantized file will run: when, state and logging.
+
+The rounding is in `lightning_prune.deploy.fake_quant`.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from lightning_prune._lightning import Callback, LightningModule, Trainer, namespace_of
+from lightning_prune.callbacks import _clock, _quantization_table
+from lightning_prune.callbacks._inputs import observed_call
+from lightning_prune.callbacks.edge_export import EdgeExport
+from lightning_prune.deploy.calls import submodule
+from lightning_prune.deploy.fake_quant import grid_of
+from lightning_prune.deploy.fake_quant_network import FakeQuantized
+from lightning_prune.deploy.fake_quant_ranges import Ranges
+from lightning_prune.deploy.quantize import TARGETS
+from lightning_prune.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ScheduleError,
+    StrategyError,
+    TracingError,
+    near_matches,
+)
+from lightning_prune.schedules import Schedule, Timeline
+from lightning_prune.selection import match_names
+
+_OWNER = "QuantizationAwareTraining"
+_RANGES = ("observed", "learned")
+_NORMS = ("fold", "freeze")
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class QuantizationAwareTraining(Callback):
+    """From some point of the fit on, train the network as its 8-bit file will run.
+
+    Weights and activations are rounded to integers in every forward, of training and of validation, exactly
+    where the file of `EdgeExport` rounds them; gradients pass as if they were not (straight-through). So the
+    network learns to live with 8 bits, `val_acc` is what the file will reach, and the export takes the
+    trained ranges instead of calibrating.
+
+    Parameters, modules and checkpoints stay what they are: a checkpoint loads into the plain module. Masked
+    weights stay exactly zero, and channels may still go. When the fit ends the module is a plain one again;
+    with the callback in the Trainer, `validate`, `test` and `predict` round as well.
+
+    Args:
+        begin: When it begins, in `unit`; at the start of an epoch (or of an optimizer step).
+        unit: `"fraction"` of the training, `"epoch"` or `"step"`.
+        target: The processor, as for `Quantize`: `"x86-vnni"`, `"x86-avx2"`, `"arm64"` or `"npu-s8s8"`.
+        ranges: How the ranges of activations are found: `"observed"` (moving averages of the extremes, Jacob
+            et al. 2018) or `"learned"` (Esser et al. 2020). Those of weights are their own, per channel.
+        batch_norm: `"fold"`: batch norms are part of the layer in front, and go on learning their statistics;
+            `"freeze"`: they use the statistics they have, so that what is trained is all that runs.
+        module: Dotted name of the submodule that is exported; None is that of `EdgeExport`, or without it the
+            LightningModule itself. The steps must call it.
+        include: Globs of the layers to quantize.
+        exclude: Globs of layers that stay in float.
+
+    Raises:
+        ConfigurationError: An argument is wrong; what depends on the module, before training starts.
+
+    Example:
+        >>> QuantizationAwareTraining(0.8, exclude=["head"]).begin
+        0.8
+    """
+
+    def __init__(
+        self,
+        begin: float = 0.75,
+        *,
+        unit: Literal["fraction", "epoch", "step"] = "fraction",
+        target: Literal["x86-vnni", "x86-avx2", "arm64", "npu-s8s8"] = "x86-vnni",
+        ranges: Literal["observed", "learned"] = "observed",
+        batch_norm: Literal["fold", "freeze"] = "fold",
+        module: str | None = None,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        try:
+            self._schedule = Schedule(
+                "one_shot", begin=begin, unit=unit, interval="step" if unit == "step" else "epoch"
+            )
+        except ScheduleError as error:
+            raise ScheduleError(str(error).replace("Schedule:", f"{_OWNER}:", 1)) from None
+        for name, value, known in (
+            ("target", target, TARGETS),
+            ("ranges", ranges, _RANGES),
+            ("batch_norm", batch_norm, _NORMS),
+        ):
+            if value not in known:
+                expected, remedy = "one of " + ", ".join(known), near_matches(str(value), known).rstrip(".?")
+                raise ConfigurationError.of(_OWNER, name, expected, value, remedy)
+        self.begin = begin
+        self.unit = unit
+        self.target = target
+        self.ranges = ranges
+        self.batch_norm = batch_norm
+        self.module = module
+        self.include = [include] if isinstance(include, str) else list(include)
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self._reset()
+
+    # ------------------------------------------------------------------ state
+
+    def _reset(self) -> None:
+        self._began: dict[str, int] | None = None
+        self._table: list[dict[str, Any]] = []
+        self._floating: dict[str, str] = {}
+        self._timeline: Timeline | None = None
+        self._owner: weakref.ref[nn.Module] | None = None
+        self._frozen: list[nn.Module] = []
+        self._stance: Any = None
+        self._agreed: Any = None
+        self._log_due = True
+        grid = grid_of(self.target)
+        self._network = FakeQuantized(
+            grid, Ranges(grid, self.ranges == "learned"), self.module or "", self.include, self.exclude
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
+        return {**self.__dict__, "_owner": None, "_frozen": [], "_stance": None, "_agreed": None}
+
+    @property
+    def began(self) -> bool:
+        """Whether the network is trained as its file will run."""
+        return self._began is not None
+
+    @property
+    def pruning_finished(self) -> bool:
+        """Whether the network is what it will be in the end; what `AfterPruning` waits for."""
+        return self.began
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return when it began and the ranges, as tensors and plain values: all that an export needs."""
+        return {
+            "began": None if self._began is None else dict(self._began),
+            "target": self.target,
+            "learned": self.ranges == "learned",
+            "root": self._network.root,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "ranges": self._network.ranges.state_dict(),
+            "layers": [dict(row) for row in self._table],
+            "floating": dict(self._floating),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint left off."""
+        for name, mine in (("target", self.target), ("learned", self.ranges == "learned")):
+            if state_dict["began"] is not None and state_dict[name] != mine:
+                raise CheckpointError(
+                    f"{_OWNER}: the checkpoint was trained with {name}={state_dict[name]!r}, and now it is "
+                    f"{mine!r}; write what it was, or start from the weights alone."
+                )
+        self._began = None if state_dict["began"] is None else dict(state_dict["began"])
+        self._network.root = str(state_dict["root"])
+        self._network.ranges.load_state_dict(state_dict["ranges"])
+        self._table = [dict(row) for row in state_dict["layers"]]
+        self._floating = dict(state_dict["floating"])
+
+    def quantization_summary(self) -> dict[str, Any]:
+        """Say what is quantized, as plain data.
+
+        Returns:
+            `callback`, `config`, `began` (epoch and step, or None), `layers` (`name`, `low` and `high` of its
+            input) and `floating` (`{layer: why it stays in float}`).
+        """
+        config = {name: getattr(self, name) for name in ("begin", "unit", "target", "ranges", "batch_norm")}
+        return {
+            "callback": _OWNER,
+            "config": {**config, "include": list(self.include), "exclude": list(self.exclude)},
+            "began": None if self._began is None else dict(self._began),
+            "layers": [dict(row) for row in self._table],
+            "floating": dict(self._floating),
+        }
+
+    # ------------------------------------------------------------------ before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        if stage != "fit":
+            return
+        if self._owner is not None and self._owner() is not pl_module:
+            self._reset()
+        self._owner = weakref.ref(pl_module)
+        strategy = type(trainer.strategy).__name__
+        if strategy not in _STRATEGIES or "MultiProcessing" in type(trainer.strategy.launcher).__name__:
+            raise StrategyError(
+                f"{_OWNER}: {strategy} is not supported as it is used here: ranges and weights must be whole "
+                "on every process, and come back from it. Use one device, or strategy='ddp' without spawn."
+            )
+        others = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise ConfigurationError(
+                f"{_OWNER}: there are {len(others)} of them; one is enough, with include and exclude."
+            )
+        self._network.root = self._root(trainer)
+
+    def _root(self, trainer: Trainer) -> str:
+        """Return the name of the network that is exported, and hold the exporter to what is trained."""
+        root = self.module
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(other, EdgeExport):
+                continue
+            root = other.module if root is None else root
+            if (root or "") != (other.module or ""):
+                expected = f"what EdgeExport exports ({other.module!r})"
+                raise ConfigurationError.of(_OWNER, "module", expected, self.module)
+            if other.onnx.legacy:
+                raise ConfigurationError.of(
+                    "EdgeExport", "onnx", f"without legacy=True beside {_OWNER}", other.onnx
+                )
+            wanted = other.quantize
+            if wanted is not None and (wanted.mode, wanted.target) != ("static", self.target):
+                expected = f"static and for the target {self.target!r}, as {_OWNER} trains"
+                remedy = f"write Quantize(target={self.target!r})"
+                raise ConfigurationError.of("EdgeExport", "quantize", expected, wanted, remedy)
+        return root or ""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plan, and look the layers up, now that `configure_model` has made every one."""
+        root = self._network.root
+        network = submodule(pl_module, root, _OWNER)
+        names = [f"{root}.{name}".strip(".") for name, m in network.named_modules() if isinstance(m, _LAYERS)]
+        if names:
+            match_names(names, self.include, self.exclude, _OWNER)
+        self._timeline = _clock.plan(trainer, pl_module, self._schedule)
+        self._log_due = True
+        if self.began:
+            self._start(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the steps call the network."""
+        if trainer.is_global_zero and not self.began:
+            root = self._network.root
+            if observed_call(trainer, pl_module, root) is None:
+                what = f"the submodule {root!r}" if root else "the module itself"
+                raise TracingError(
+                    f"{_OWNER}: the steps never call {what}; name what they call with module='...'."
+                )
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin if this is the epoch, and log for those who monitor."""
+        self._advance(trainer, pl_module)
+        pl_module.log("quantized", float(self.began), on_step=False, on_epoch=True)
+        self._log_due = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin if this is the step, and show it in the progress bar."""
+        self._advance(trainer, pl_module)
+        if self.began and self.batch_norm == "freeze":
+            self._freeze(pl_module)
+        if self._log_due:
+            self._log_due = False
+            pl_module.log("quantized", float(self.began), on_step=True, on_epoch=False, prog_bar=True)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Let learned ranges take their step."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self._network.ranges.learn(lambda tensor: _mean(trainer, tensor), scale)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the ranges that this batch had count, alike on all processes."""
+        plan = self._network.plan
+        if not self.began or plan is None:
+            return
+        if plan is not self._agreed:
+            self._agree(trainer, sorted(plan.all_points))
+            self._agreed = plan
+        self._network.ranges.commit(plan.all_points, lambda tensor: _mean(trainer, tensor))
+
+    def _agree(self, trainer: Trainer, points: list[str]) -> None:
+        first = trainer.strategy.broadcast(points)
+        if not trainer.strategy.reduce_boolean_decision(first == points):
+            raise TracingError(
+                f"{_OWNER}: the processes run different networks, whose ranges cannot be averaged."
+            )
+        plan = self._network.plan
+        assert plan is not None
+        self._floating = dict(plan.floating)
+        if not plan.layers:
+            why = "; ".join(f"{name}: {reason}" for name, reason in plan.floating.items())
+            raise TracingError(f"{_OWNER}: there is no layer to quantize. {why}")
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.began or self._timeline is None:
+            return
+        if self._timeline.level_at(_clock.now(trainer, pl_module, self._timeline.interval)) > 0:
+            self._began = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+            self._log_due = True
+            self._start(pl_module)
+
+    def _start(self, pl_module: LightningModule) -> None:
+        if "torch._dynamo" in sys.modules and self._stance is None:
+            # Rounding happens between the functions that a compiled network no longer calls one by one.
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._network.attach(pl_module)
+
+    def _stop(self) -> None:
+        self._network.detach()
+        for norm in self._frozen:
+            norm.training = True
+        self._frozen = []
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+    def _freeze(self, pl_module: LightningModule) -> None:
+        for norm in submodule(pl_module, self._network.root).modules():
+            if isinstance(norm, _BatchNorm) and norm.training:
+                norm.training = False
+                self._frozen.append(norm)
+
+    def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:
+        """Look at the network anew: its layers have other widths, or are gone."""
+        self._network.forget()
+        if self._network.attached:
+            self._network.attach(pl_module)
+
+    def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do as an earlier state says, which has just been loaded."""
+        self._network.forget()
+        self._stop()
+        if self.began:
+            self._start(pl_module)
+
+    # ------------------------------------------------------------------ the end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module back as a plain one."""
+        self._take_stock()
+        self._stop()
+        if not self.began and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            tools = import_module(f"{namespace_of(pl_module)}.utilities.rank_zero")
+            tools.rank_zero_warn(
+                f"{_OWNER} never began: the training ended before {self.unit} {self.begin:g}. The file is "
+                "quantized after training. AfterPruning() keeps EarlyStopping from stopping before."
+            )
+
+    def _take_stock(self) -> None:
+        """Note the ranges that are in force, for the report."""
+        plan, ranges = self._network.plan, self._network.ranges
+        if plan is None:
+            return
+        rows = {}
+        for layer in plan.layers.values():
+            if layer.source in ranges:
+                low, high = ranges.limits(layer.source)
+                rows[layer.name] = {"name": layer.name, "low": low, "high": high}
+        self._table = list(rows.values())
+        self._floating = dict(plan.floating)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what was quantized, to those who see a progress bar."""
+        if trainer.progress_bar_callback is not None and trainer.is_global_zero and self.began:
+            _quantization_table.show(self.quantization_summary())
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note the ranges in force before they are written."""
+        self._take_stock()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Round outside a fit as well."""
+        if trainer.state.fn != "fit" and self.began:
+            self._start(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module back."""
+        if trainer.state.fn != "fit":
+            self._stop()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind; Lightning calls no teardown after an exception."""
+        self._stop()
+
+
+def _mean(trainer: Trainer, tensor: Tensor) -> Tensor:
+    mean: Tensor = trainer.strategy.reduce(tensor, reduce_op="mean")
+    return mean
