@@ -131,7 +131,7 @@ def _give_up(rules: Rules, state: State, levels: Mapping[str, float]) -> tuple[S
     # Where no step was taken since, the metric fell by itself: steps that were limited before get smaller.
     tried = {name: step for name, step in taken.items() if step > 0} or dict(state.steps)
     steps = {**state.steps, **{name: step / 2 for name, step in tried.items()}}
-    if tried and max(steps[name] for name in tried) < rules.min_step:
+    if tried and max(steps[name] for name in tried) < rules.min_step * (1 - 1e-9):
         return replace(state, phase="settled", steps=steps, waited=0), "settle"
     return replace(state, phase="advancing", steps=steps, waited=0), "return"
 

@@ -49,7 +49,7 @@ class AccuracyGuard(Callback):
         min_step: The smallest step that is worth trying, as a part of the whole schedule (0 to 1).
 
     Attributes:
-        settled: Whether the final level has been found, and held; `AfterPruning` waits for it.
+        settled: Whether the final level has been found, and is in force; `AfterPruning` waits for it.
 
     Raises:
         ConfigurationError: An argument is wrong, or the monitored metric is not logged.
@@ -97,6 +97,11 @@ class AccuracyGuard(Callback):
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
         return {**self.__dict__, "_module": None, "_trainer": None}
 
+    @property
+    def state_key(self) -> str:
+        """What tells two instances apart in a checkpoint: what they monitor."""
+        return self._generate_state_key(monitor=self.monitor)
+
     def state_dict(self) -> dict[str, Any]:
         """Return decisions, delays and the copy of the last state that held; plain data and tensors only."""
         return {
@@ -124,15 +129,16 @@ class AccuracyGuard(Callback):
 
     @property
     def settled(self) -> bool:
-        """Whether the final level has been found, and held."""
-        return self._state.phase == "settled"
+        """Whether the final level has been found, and is in force."""
+        return self._state.phase == "settled" and self._due in (None, "hold")
 
     def pruning_summary(self) -> dict[str, Any]:
         """Say what was decided, as plain data for the report.
 
         Returns:
-            `callback`, `config`, `history` (one entry for each validation: its `value`, the `bound` that it
-            must keep, the `decision`, and as `achieved` the level in force), `settled`, `levels` (the last
+            `callback`, `config`, `history` (one entry for each validation at another level or with another
+            outcome: its `value`, the `bound` that it must keep, the `decision`, and as `achieved` the level
+            in force), `settled`, `levels` (the last
             that held, by callback) and `kept_bytes` (of the copy in memory).
         """
         return {
@@ -257,11 +263,14 @@ class AccuracyGuard(Callback):
         self._keep_time(trainer, pl_module)
         assert self._state.reference is not None
         bound = self.rules.bound(self._state.reference)
-        entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        entry |= {"value": value, "reference": self._state.reference, "bound": bound, "decision": decision}
         achieved = min(levels.values(), default=0.0)
-        self._history.append({**entry, "phase": self._state.phase, "achieved": achieved, "levels": levels})
-        if decision != "hold" or before.phase != self._state.phase:
+        entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        entry |= {"value": value, "reference": self._state.reference, "bound": bound, "achieved": achieved}
+        entry |= {"decision": decision, "phase": self._state.phase, "levels": levels}
+        changed = decision != "hold" or before.phase != self._state.phase
+        if changed or self._history[-1]["levels"] != levels:
+            self._history.append(entry)
+        if changed:
             self._tell(pl_module, f"{self.monitor} {value:.6g}, bound {bound:.6g}", _SAID[decision], trainer)
         numbers = {"guard_bound": bound, "guard_level": achieved, "guard_held": float(decision == "hold")}
         for logger in trainer.loggers:

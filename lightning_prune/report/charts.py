@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_prune.report import text
-from lightning_prune.report.layers import courses, curves
+from lightning_prune.report.layers import bounds, courses, curves
 from lightning_prune.report.observations import faster
 from lightning_prune.report.results import Report
 
 # What the pruning callbacks log of themselves: the first panel shows it already.
-_OWN_CURVES = ("sparsity", "macs", "params", "channels", "latency")
+_OWN_CURVES = ("guard_", "sparsity", "macs", "params", "channels", "latency")
 _PANELS = 6
 # Operators beyond these are drawn as one, "other".
 _OPERATORS = 6
@@ -171,7 +171,8 @@ def schedule_panels(report: Report) -> tuple[tuple[Panel, ...], tuple[Tick, ...]
     ran = courses(report)
     epochs = [course_epochs(course.points) for course in ran]
     foreign = [(name, line) for name, line in curves(report).items() if not name.startswith(_OWN_CURVES)]
-    fitted = dict(foreign[:_PANELS])
+    guarded = bounds(report)
+    fitted = dict(sorted(foreign, key=lambda curve: curve[0] not in guarded)[:_PANELS])
     ends = [x for xs in epochs for x in xs] + [x for points in fitted.values() for x, _ in points]
     if not ran or not ends:
         return (), ()
@@ -186,17 +187,24 @@ def schedule_panels(report: Report) -> tuple[tuple[Panel, ...], tuple[Tick, ...]
     for color, (course, xs) in enumerate(zip(ran, epochs, strict=True), start=1):
         for which, style in ((2, "dashed"), (3, "solid")):
             values = [(across(x), point[which]) for x, point in zip(xs, course.points, strict=True)]
-            values = [(0.0, course.start), *values]
-            steps = _stairs([(x, 100 - 100 * y) for x, y in values if isinstance(y, int | float)])
-            if steps:
+            if any(y is not None for _, y in values):
+                values = [(0.0, course.start), *values]
+                steps = _stairs([(x, 100 - 100 * y) for x, y in values if y is not None])
                 lines.append(Line(steps, course.name, color, style))
     percents = tuple(Tick(100 - value, f"{value} %") for value in (0, 50, 100))
     panels = [Panel("Pruning", tuple(lines), percents, events)]
     for number, (name, points) in enumerate(fitted.items(), start=len(ran) + 1):
         low, high = _height(points, since=min(x for xs in epochs for x in xs) - 1)
+        bound = guarded.get(name)
+        if bound is not None:
+            low, high = min(low, bound), max(high, bound)
         path = " ".join(f"{across(x):.2f},{100 - 100 * (y - low) / (high - low):.2f}" for x, y in points)
+        drawn = [Line(path, name, number)]
+        if bound is not None:
+            y = 100 - 100 * (bound - low) / (high - low)
+            drawn.append(Line(f"0.00,{y:.2f} 100.00,{y:.2f}", f"{name}: bound", number, "dashed"))
         ticks = (Tick(100, text.digits(low)), Tick(0, text.digits(high)))
-        panels.append(Panel(name, (Line(path, name, number),), ticks, events))
+        panels.append(Panel(name, tuple(drawn), ticks, events))
     return tuple(panels), tuple(Tick(across(x), f"{x:g}") for x in nice_ticks(left, right) if x == int(x))
 
 

@@ -101,7 +101,20 @@ def _counted(config: Mapping[str, Any]) -> tuple[str, float | None]:
     if isinstance(budget, Mapping):
         kind = next((key for key, value in budget.items() if value is not None), "size")
         return f"{'MACs' if kind == 'macs' else kind} left", 1.0
+    if "monitor" in config:
+        return "level of the schedule", 0.0
     return ("zeros", 0.0) if "sparsity" in config else ("", None)
+
+
+def bounds(report: Report) -> dict[str, float]:
+    """Return, by metric, the worst value that a guard let pass in the end."""
+    found = {}
+    for summary in summaries(report):
+        name = (summary.get("config") or {}).get("monitor")
+        values = [_number(entry.get("bound")) for entry in summary.get("history") or ()]
+        if name is not None and values and values[-1] is not None:
+            found[str(name)] = float(values[-1])
+    return found
 
 
 def curves(report: Report) -> dict[str, list[tuple[float, float]]]:

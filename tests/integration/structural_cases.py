@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_prune.callbacks.low_rank import LowRank
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.schedules import Schedule
@@ -87,10 +88,11 @@ class Kill(Callback):
 
 
 def pruning_callbacks(kinds: str) -> list[Callback]:
-    """Make the callbacks of a run: `s` and `m` for structural and magnitude pruning, in the given order."""
+    """Make the callbacks of a run: `s`, `m`, `l` for structural and magnitude pruning and low rank, in order."""
     made: dict[str, Callback] = {
         "s": StructuralPruning(Budget(macs=0.5), schedule=Schedule("linear", 1, 4, unit="epoch"), round_to=1),
         "m": MagnitudePruning(0.6, schedule=Schedule("cubic", 0, 4, unit="epoch")),
+        "l": LowRank(ratio=0.34, schedule=Schedule("one_shot", 1, unit="epoch"), round_to=1),
     }
     return [made[kind] for kind in kinds]
 
@@ -105,10 +107,10 @@ def run(folder: Path, optimizer: str, kinds: str, ckpt_path: str | None = None, 
     return net, fit.optimizers[0], callbacks
 
 
-def killed_run(folder: Path, optimizer: str, kinds: str, epoch: int) -> None:
+def killed_run(*arguments: object, script: str = __file__) -> None:
     """Run in another process that kills itself in the middle of an epoch."""
     finished = subprocess.run(
-        [sys.executable, __file__, str(folder), optimizer, kinds, str(epoch)],
+        [sys.executable, script, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

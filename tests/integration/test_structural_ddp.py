@@ -24,11 +24,11 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def run(folder: Path, variant: str) -> tuple[int, list[dict], str]:
+def run(folder: Path, *arguments: str, script: str | Path = SCRIPT) -> tuple[int, list[dict], str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
     env.pop("LOCAL_RANK", None)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), variant],
+        [sys.executable, str(script), str(folder), *arguments],
         env=env,
         capture_output=True,
         text=True,
@@ -39,7 +39,7 @@ def run(folder: Path, variant: str) -> tuple[int, list[dict], str]:
     return done.returncode, [json.loads(file.read_text()) for file in files], done.stderr
 
 
-QUICK = ("manual_static", "joint")  # the others are as slow and find less
+QUICK = ("manual_static", "joint", "low_rank")  # the others are as slow and find less
 
 
 @pytest.mark.parametrize(

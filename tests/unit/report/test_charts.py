@@ -111,6 +111,34 @@ def test_what_the_callbacks_log_is_not_drawn_twice():
     assert [panel.title for panel in panels] == ["Pruning", "val_f1"]
 
 
+def test_a_guard_is_drawn_with_the_bound_of_its_metric():
+    history = [
+        {"epoch": 0, "step": 8, "achieved": 0.0, "value": 0.9, "bound": 0.89, "decision": "hold"},
+        {"epoch": 2, "step": 24, "achieved": 0.5, "value": 0.7, "bound": 0.88, "decision": "wait"},
+    ]
+    config = {"monitor": "val_acc", "max_drop": 0.01}
+    guard = {"callback": "AccuracyGuard", "config": config, "history": history}
+    curves = {"guard_bound": [[0, 0.8], [4, 0.8]], "loss": [[0, 1], [4, 0]], "val_acc": [[0, 0.9], [4, 0.7]]}
+    report = replace(example_report(), pruning={"callbacks": [guard]}, training={"curves": curves})
+    panels, _ = charts.schedule_panels(report)
+    assert [panel.title for panel in panels] == ["Pruning", "val_acc", "loss"]
+    (level,) = panels[0].lines
+    assert level.label == "AccuracyGuard: level of the schedule"
+    assert coordinates(level.points) == [
+        (0, 100),
+        (0, 100),
+        (0, 100),
+        (0, 100),
+        (50, 100),
+        (50, 50),
+        (100, 50),
+    ]
+    _, bound = panels[1].lines
+    assert (bound.label, bound.style) == ("val_acc: bound", "dashed")
+    assert coordinates(bound.points) == [(0, 10), (100, 10)]  # between 0.7 and 0.9
+    assert len(panels[2].lines) == 1
+
+
 def test_changes_within_an_epoch_are_spread_by_their_steps():
     points = [(0, 0, 0.1, 0.1), (0, 5, 0.2, 0.2), (1, 10, 0.3, 0.3), (2, 20, 0.4, 0.4)]
     assert charts.course_epochs(points) == [0, 0.5, 1, 2]
