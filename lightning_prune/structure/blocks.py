@@ -7,7 +7,7 @@ convolution of kernel size 1, or a linear layer for tokens. Every exchange is tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,14 +148,11 @@ def candidates(module: nn.Module, calls: Sequence[Call], named: Sequence[str] = 
     return sorted(dict.fromkeys(found), key=lambda name: places.get(name, len(places)))
 
 
-def _units(name: str, own: Sequence[str]) -> Iterator[str]:
+def _units(name: str, own: Sequence[str]) -> list[str]:
     """The block itself, or those in it if they are several."""
     inner = [other for other in own if _inside(other, [name])]
-    inner = [other for other in inner if not _inside(other, inner)]
-    if len(inner) < 2:
-        yield name
-    for other in inner if len(inner) > 1 else ():
-        yield from _units(other, own)
+    units = [u for other in inner if not _inside(other, inner) for u in _units(other, inner)]
+    return units if len(units) > 1 else [name]
 
 
 def _inside(name: str, others: Iterable[str]) -> bool:

@@ -66,7 +66,7 @@ BLOCKS = ["one.0", "one.1", "two.0", "two.1", "two.2"]
 
 
 def pruning_callbacks(kinds: str) -> list[Callback]:
-    """Make the callbacks of a run: layer, structural, magnitude pruning and an average, in the given order."""
+    """Make the callbacks of a run, in the given order: layers, structure, magnitudes, an average."""
     made: dict[str, Callback] = {
         "l": LayerPruning(Budget(macs=0.4), schedule=Schedule("linear", 1, 4, unit="epoch")),
         "s": StructuralPruning(Budget(macs=0.3), schedule=Schedule("linear", 1, 4, unit="epoch"), round_to=1),
