@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_prune import cost
+from lightning_prune._quantizing import quantized
 from lightning_prune._task import Data, Made, Task, assemble
 from lightning_prune.deploy.bundle import write_bundle
 from lightning_prune.deploy.calls import Call, explicit_call, submodule
@@ -22,13 +22,11 @@ from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.confusion import Confusion
 from lightning_prune.deploy.evaluate import cpu_trainer, evaluate_file, has_data, quiet_lightning
 from lightning_prune.deploy.files import check_writable, remove_stale, staged
-from lightning_prune.deploy.loaders import SAMPLES, batches_in_turn, captured_calls, leaves_of
+from lightning_prune.deploy.loaders import batches_in_turn, captured_calls, leaves_of
 from lightning_prune.deploy.onnx import batch_size, export_onnx, has_batch
 from lightning_prune.deploy.parity import check_parity, resized
 from lightning_prune.deploy.profile import ProfileResult, profile_files
-from lightning_prune.deploy.quantize import Quantize, quantize_file
 from lightning_prune.deploy.runtime import Feed, open_session, to_feed
-from lightning_prune.deploy.search import sensitivity, within_drop
 from lightning_prune.errors import ConfigurationError, ProfileError, TracingError
 from lightning_prune.report.results import Report
 
@@ -170,58 +168,17 @@ def _count(loaders: Any, limit: int | float) -> int:
 
 
 def _quantize(task: Task, made: dict[str, Made], stage: Path, tell: Progress) -> None:
-    assert task.quantize is not None
     source = list(made)[-1]
-    name, base = f"{source}.int8", made[source]
+    name = f"{source}.int8"
     tell(f"quantize {name}", 0.0)
-    feeds = calibration_feeds(task, base) if task.quantize.mode == "static" else []
-    path = stage / f"{name}.onnx"
-
-    def attempt(exclude: tuple[str, ...]) -> Made:
-        quantized = quantize_file(
-            base.exported.path,
-            path,
-            task.quantize or Quantize(),
-            feeds,
-            exclude_nodes=exclude,
-            on_batch=lambda done: tell(f"quantize {name}", done / max(len(feeds), 1)),
-        )
-        item = Made(
-            replace(base.exported, path=path), base.module, source, quantized=quantized, macs=base.macs
-        )
-        item.metrics = _metrics(task, item, name, tell)
-        return item
-
-    item = attempt(())
-    if task.max_drop:
-        ranked = sensitivity(base.exported.path, stage, task.quantize, feeds)
-        item, table = within_drop(
-            item, attempt, lambda made: made.metrics, base.metrics, task.max_drop, ranked
-        )
-        item.search = table
+    made[name] = quantized(
+        task,
+        made[source],
+        stage / f"{name}.onnx",
+        lambda item: _metrics(task, item, name, tell),
+        lambda done: tell(f"quantize {name}", done),
+    )
     tell(f"quantize {name}", 1.0)
-    target = submodule(base.module, task.submodule)
-    item.parity = check_parity(target, item.exported, base.calls, strict=False)
-    made[name] = item
-
-
-def calibration_feeds(task: Task, base: Made) -> list[Feed]:
-    """Return the inputs of real batches, from the user's own training or validation loader."""
-    assert task.quantize is not None
-    with quiet_lightning():
-        trainer = cpu_trainer(base.module)
-    rehearsal = Rehearsal(base.module, task.submodule, trainer=trainer, datamodule=task.data.datamodule)
-    sources = [(task.data.train, "training_step"), (task.data.val, "validation_step")]
-    if task.quantize.source == "val":
-        sources.reverse()
-    session = open_session(base.exported.path, threads=1)
-    face = base.exported.interface
-    calls: list[Call] = []
-    for loaders, step in sources:
-        calls = list(captured_calls(rehearsal, loaders, step, task.quantize.batches, SAMPLES))
-        if calls:
-            break
-    return [to_feed(session, [face.tensors(*call)[i] for i in face.kept]) for call in calls]
 
 
 def _samples(made: Mapping[str, Made]) -> tuple[Feed, list[str]]:

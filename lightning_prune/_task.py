@@ -54,6 +54,7 @@ class Task:
         pruning: What was pruned, for the report.
         training: Curves of the fit, for the report.
         warnings: Sentences for the reader of the report.
+        trained: What a `QuantizationAwareTraining` left behind, its state; None without one.
     """
 
     modules: Mapping[str, LightningModule]
@@ -67,6 +68,7 @@ class Task:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    trained: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -155,6 +157,7 @@ def _quantization_warnings(variants: tuple[Variant, ...]) -> list[str]:
     for variant in variants:
         if variant.quantization is None:
             continue
+        found += [f"{variant.name}: {note}" for note in variant.quantization["notes"]]
         left = variant.quantization["float_operators"]
         if left:
             names = ", ".join(f"{item['name']} ({item['reason']})" for item in left[:5])

@@ -27,6 +27,7 @@ _ONNX = Onnx()
 _QUANTIZE = Quantize()
 _PROFILE = Profile()
 STATE_KEY = "EdgeExport"
+TRAINED_KEY = "QuantizationAwareTraining"
 
 
 def export(
@@ -97,6 +98,7 @@ def export(
             pruning=pruning,
             training={"curves": state.get("curves", {})},
             warnings=tuple(warnings),
+            trained=trained_state(checkpoint),
         ),
         progress,
     )
@@ -126,6 +128,14 @@ def edge_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         if str(key).split("{")[0] == STATE_KEY and isinstance(state, Mapping):
             return state
     return {}
+
+
+def trained_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the state of the `QuantizationAwareTraining` in a checkpoint, once it has begun."""
+    for key, state in (checkpoint.get("callbacks") or {}).items():
+        if str(key).split("{")[0] == TRAINED_KEY and isinstance(state, Mapping) and state.get("began"):
+            return state
+    return None
 
 
 def pruning_of(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -228,6 +228,7 @@ class EdgeExport(Callback):
             pruning=pruning,
             training={"curves": self._curves},
             warnings=tuple(warnings),
+            trained=_trained(trainer),
         )
         shown = trainer.progress_bar_callback is not None
         with progress_bar() if shown else nullcontext(None) as progress:
@@ -240,6 +241,15 @@ class EdgeExport(Callback):
 
     def _pruned(self) -> bool:
         return any(summary.get("history") for summary in self._pruning())
+
+
+def _trained(trainer: Trainer) -> dict[str, Any] | None:
+    """Return what training in 8 bits has found out, if there was any."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "began", False) and hasattr(callback, "quantization_summary"):
+            state: dict[str, Any] = callback.state_dict()
+            return state
+    return None
 
 
 def _bare_copy(pl_module: LightningModule) -> Any:

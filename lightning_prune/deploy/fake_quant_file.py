@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from lightning_prune.deploy.fusion import fusion_coverage, held_in_float
 from lightning_prune.deploy.onnx import Onnx, export_onnx
 from lightning_prune.deploy.quantize import Quantized
 from lightning_prune.deploy.storage import write_model
-from lightning_prune.errors import QuantizationError
+from lightning_prune.errors import QuantizationError, near_matches
+from lightning_prune.selection import matches
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,15 @@ class Trained:
         ranges.load_state_dict(state["ranges"])
         return cls(state["target"], state["root"], tuple(state["include"]), tuple(state["exclude"]), ranges)
 
-    def network(self) -> FakeQuantized:
-        """Return what rounds a network as in training."""
-        return FakeQuantized(grid_of(self.target), self.ranges, self.root, self.include, self.exclude)
+    def mismatches(self, mode: str, target: str, root: str | None) -> tuple[str, ...]:
+        """Say what about a wanted file is not as it was trained; then the ranges do not apply."""
+        wanted = {"mode": mode, "target": target, "module": root or ""}
+        mine = {"mode": "static", "target": self.target, "module": self.root}
+        other = [f"{key} {mine[key]!r}, not {wanted[key]!r}" for key in mine if wanted[key] != mine[key]]
+        if not other:
+            return ()
+        for_what = "; ".join(other)
+        return (f"quantized after training: the network was trained in 8 bits for {for_what}.",)
 
 
 class TrainedFile:
@@ -67,13 +74,22 @@ class TrainedFile:
         trained: What training left behind.
         call: An example call of the network.
         options: How files are written.
+        exclude: Globs of further layers that stay in float.
 
     Raises:
         QuantizationError: Nothing was trained.
         ExportError: The network cannot be exported.
     """
 
-    def __init__(self, module: nn.Module, trained: Trained, call: Call, options: Onnx | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: Trained,
+        call: Call,
+        options: Onnx | None = None,
+        *,
+        exclude: Sequence[str] = (),
+    ) -> None:
         import onnx
 
         options = options or Onnx()
@@ -96,12 +112,20 @@ class TrainedFile:
         finally:
             exporting.detach()
         self.weights = exporting.weights
+        self.excluded = self._matching(exclude)
         self.floating = dict(exporting.floating)
 
     @property
     def layers(self) -> list[str]:
         """The names of the layers that are quantized."""
         return list(dict.fromkeys(weights.layer.name for weights in self.weights.values()))
+
+    def _matching(self, globs: Sequence[str]) -> list[str]:
+        for glob in globs:
+            if not any(matches(name, glob) for name in self.layers):
+                near = near_matches(glob, self.layers)
+                raise QuantizationError(f"Quantize: `exclude` has {glob!r}, which matches no layer. {near}")
+        return [name for name in self.layers if any(matches(name, glob) for glob in globs)]
 
     def write(self, destination: str | Path, exclude: Sequence[str] = ()) -> Quantized:
         """Write the file.
@@ -116,6 +140,7 @@ class TrainedFile:
         import onnx
 
         destination = Path(destination)
+        exclude = [*self.excluded, *exclude]
         proto = onnx.ModelProto()
         proto.CopyFrom(self._proto)
         held = quantize_weights(proto.graph, list(self.weights.values()), exclude)
@@ -148,18 +173,25 @@ class _Exporter(FakeQuantized):
         trace = self.record(network, args, kwargs)
         assert self.plan is not None
         self.plan = self.plan.known(self.ranges)
-        self.floating = self.plan.floating
+        self.floating = {self._inside(name): why for name, why in self.plan.floating.items()}
         if not self.plan.layers:
             raise QuantizationError(
                 "Training with rounding has rounded no layer of this network: "
                 + ("; ".join(f"{name}: {why}" for name, why in self.floating.items()) or "it never began")
                 + "."
             )
-        self.weights = dict(_fold(trace, self.plan, self.grid))
+        self.weights = {
+            key: replace(weights, layer=replace(weights.layer, name=self._inside(weights.layer.name)))
+            for key, weights in _fold(trace, self.plan, self.grid)
+        }
         for point in self.plan.all_points:
             steps = self.ranges.steps(point)
             assert steps is not None
             self._numbers[point] = float(steps[0]), int(steps[1])
+
+    def _inside(self, name: str) -> str:
+        """Return a layer's name within the network, as it is called in the file."""
+        return name.removeprefix(f"{self.root}.") if self.root else name
 
     def _rounding(self, plan: Plan, module: nn.Module) -> Rounding:
         return _Exporting(lambda: self._stack[-1], plan, self._symbolic, self.grid, self.weights)

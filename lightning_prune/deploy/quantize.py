@@ -99,11 +99,12 @@ class Quantized:
         path: The quantized file.
         mode: `"static"` or `"dynamic"`.
         target: The preset.
-        calibration: The method, `None` if dynamic.
+        calibration: The method, `None` if dynamic; `"training"` if the network was trained in 8 bits.
         batches: How many batches calibrated.
         integer: How many compute operators run in integers, as ONNX Runtime optimized the graph.
         floating: Those left in float: `{"name", "op", "reason"}`.
         excluded: The layers that were kept in float on purpose.
+        notes: Sentences for the reader of the report.
     """
 
     path: Path
@@ -114,6 +115,7 @@ class Quantized:
     integer: int
     floating: tuple[Mapping[str, str], ...]
     excluded: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -132,6 +134,7 @@ class Quantized:
             "float_operators": [dict(item) for item in self.floating],
             "coverage": round(self.coverage, 4),
             "excluded": list(self.excluded),
+            "notes": list(self.notes),
         }
 
 

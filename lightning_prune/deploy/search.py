@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lightning_prune.deploy.fusion import layers_of
-from lightning_prune.deploy.quantize import Quantize, quantize_file
 from lightning_prune.deploy.runtime import Feed, open_session
 from lightning_prune.errors import ConfigurationError, QuantizationError, near_matches
 
 T = TypeVar("T")
+Write = Callable[[Path, Sequence[str]], object]
+"""Writes a quantized file in which some nodes stay in float."""
 LOWER_IS_BETTER = (
     "loss",
     "error",
@@ -48,28 +48,33 @@ class Sensitivity:
 
 
 def sensitivity(
-    source: str | Path, scratch: str | Path, config: Quantize, feeds: Sequence[Feed], most: int = 4
+    source: str | Path,
+    scratch: str | Path,
+    layers: Mapping[str, str],
+    write: Write,
+    feeds: Sequence[Feed],
+    most: int = 4,
 ) -> list[Sensitivity]:
     """Quantize each layer alone and see how far the outputs move.
 
     Args:
         source: The float file.
         scratch: A directory for temporary files.
-        config: How to quantize.
+        layers: The layer of each node that may stay in float.
+        write: Quantizes the file, except for some of the nodes.
         feeds: Real inputs.
-        most: How many of them calibrate and compare; it is a ranking, not a measurement.
+        most: How many of them compare; it is a ranking, not a measurement.
 
     Returns:
         The layers, the most sensitive first.
     """
-    layers = layers_of(source)
     few = list(feeds[:most])
     expected = _outputs(source, few)
     found = []
     with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=scratch) as folder:
         for node, layer in layers.items():
             path = Path(folder) / "one.onnx"
-            quantize_file(source, path, config, few, exclude_nodes=[n for n in layers if n != node])
+            write(path, [n for n in layers if n != node])
             found.append(Sensitivity(node, layer, _distance(expected, _outputs(path, few))))
     return sorted(found, key=lambda item: (-item.error, item.node))
 

@@ -25,6 +25,7 @@ LAYERS = {
     "report": 3,
     "_task": 4,
     "_pipeline": 4,
+    "_quantizing": 4,
     "exporting": 4,
     "loading": 4,
     "callbacks": 5,

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_prune.deploy.fusion import layers_of
 from lightning_prune.deploy.quantize import Quantize, quantize_file
 from lightning_prune.deploy.search import Sensitivity, check_max_drop, lost, sensitivity, within_drop
 from lightning_prune.errors import ConfigurationError, QuantizationError
@@ -73,9 +74,16 @@ def test_a_limit_that_is_no_positive_number_is_refused(drop):
         check_max_drop({"acc": drop})
 
 
+def writer(exported, feeds):
+    def write(path, exclude):
+        quantize_file(exported.path, path, Quantize(), feeds, exclude_nodes=exclude)
+
+    return write
+
+
 def test_sensitivity_is_what_quantizing_a_layer_alone_does(sparse_chain, tmp_path):
     _, exported, feeds = sparse_chain
-    found = sensitivity(exported.path, tmp_path, Quantize(), feeds)
+    found = sensitivity(exported.path, tmp_path, layers_of(exported.path), writer(exported, feeds), feeds)
     assert sorted(item.layer for item in found) == ["0", "10", "2", "5", "8"]
     assert [item.error for item in found] == sorted((item.error for item in found), reverse=True)
     assert list(tmp_path.iterdir()) == []
