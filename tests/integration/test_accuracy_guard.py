@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import guard_cases
+import layer_cases
 import pytest
 import torch
 from guard_cases import Cliff, callbacks, guarded, kept
@@ -118,28 +119,31 @@ def test_a_reference_out_of_reach_leaves_the_network_dense(tmp_path, reference):
 # ------------------------------------------------------------------ going back
 
 
+class Before(Callback):
+    """Sees the training just before it goes on from a state that held."""
+
+    def __init__(self, made):
+        self.made, self.states = made, []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if history(self.made) and history(self.made)[-1]["decision"] == "hold":
+            self.states.append(everything(pl_module, trainer, self.made))
+
+
+class After(Before):
+    """Sees it just after a return."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pass
+
+    def on_rollback(self, trainer, pl_module):
+        self.states.append(everything(pl_module, trainer, self.made))
+
+
 @pytest.mark.parametrize("kinds", ["gsm", "msg"])
 def test_a_return_brings_everything_back_bit_for_bit(tmp_path, kinds):
-    class Before(Callback):
-        """Sees the training just before it goes on from a state that held."""
-
-        def __init__(self):
-            self.states = []
-
-        def on_train_epoch_start(self, trainer, pl_module):
-            if history(made) and history(made)[-1]["decision"] == "hold":
-                self.states.append(everything(pl_module, trainer, made))
-
-    class After(Callback):
-        """Sees it just after a return."""
-
-        def __init__(self):
-            self.states = []
-
-        def on_rollback(self, trainer, pl_module):
-            self.states.append(everything(pl_module, trainer, made))
-
-    made, before, after = callbacks(kinds), Before(), After()
+    made = callbacks(kinds)
+    before, after = Before(made), After(made)
     fit = trainer(tmp_path, before, *made.values(), after, max_epochs=6)
     fit.fit(Cliff(need=0.5), data(), data())
     decisions = [entry["decision"] for entry in history(made)]
@@ -148,6 +152,32 @@ def test_a_return_brings_everything_back_bit_for_bit(tmp_path, kinds):
     assert_equal_state(before.states[1], after.states[0])
     assert_equal_state(before.states[2], after.states[1])  # at the end of the fit
     assert len(after.states) == 2
+
+
+class ResidualCliff(layer_cases.Net):
+    """Falls when it loses its second block."""
+
+    def validation_step(self, batch, batch_idx):
+        blocks = sum(isinstance(module, layer_cases.Residual) for module in self.modules())
+        self.log("val_acc", 0.9 if blocks >= 4 else 0.5)
+
+
+def test_a_return_brings_layers_back_that_had_gone(tmp_path):
+    made = dict(zip("lsm", layer_cases.pruning_callbacks("lsm"), strict=True))
+    made["g"] = AccuracyGuard(patience=0, min_step=0.1)
+    before, after = Before(made), After(made)
+    fit = trainer(tmp_path, before, *made.values(), after, max_epochs=8)
+    net = ResidualCliff("adamw")
+    fit.fit(net, data(), data())
+    held = [i for i, entry in enumerate(history(made)) if entry["decision"] == "hold"]
+    assert history(made)[held[-1]]["achieved"] > 0
+    assert after.states
+    kept_by_hold = {state["weights"]["head.weight"].sum().item(): state for state in before.states}
+    for state in after.states:
+        assert_equal_state(kept_by_hold[state["weights"]["head.weight"].sum().item()], state)
+    assert sum(isinstance(module, layer_cases.Residual) for module in net.modules()) == 4
+    moved = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert moved == {id(p) for p in net.parameters()}
 
 
 def test_training_does_not_write_into_the_copy(tmp_path):
