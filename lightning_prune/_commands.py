@@ -11,8 +11,9 @@ from rich.table import Table
 
 from lightning_prune import _bundle_commands
 from lightning_prune.callbacks import _network
+from lightning_prune.callbacks._edge_output import progress_bar
 from lightning_prune.callbacks._preflight import show
-from lightning_prune.callbacks.edge_export import EdgeExport, progress_bar
+from lightning_prune.callbacks.edge_export import EdgeExport
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.cost import count_parameters

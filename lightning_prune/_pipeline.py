@@ -7,6 +7,7 @@ disk or a kill leaves the last good export as it was. The modules that come in a
 from __future__ import annotations
 
 import glob
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ from lightning_prune import cost
 from lightning_prune._quantizing import quantized
 from lightning_prune._task import Data, Made, Task, assemble
 from lightning_prune.deploy.bundle import write_bundle
-from lightning_prune.deploy.calls import Call, explicit_call, submodule
+from lightning_prune.deploy.calls import Call, detached, explicit_call, submodule, untouched_rng
 from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.confusion import Confusion
 from lightning_prune.deploy.evaluate import cpu_trainer, evaluate_file, has_data, quiet_lightning
 from lightning_prune.deploy.files import check_writable, remove_stale, staged
 from lightning_prune.deploy.loaders import batches_in_turn, captured_calls, leaves_of
-from lightning_prune.deploy.onnx import batch_size, export_onnx, has_batch
+from lightning_prune.deploy.onnx import Onnx, batch_size, export_onnx, has_batch, with_batch_of_two
 from lightning_prune.deploy.parity import check_parity, resized
 from lightning_prune.deploy.profile import ProfileResult, profile_files
 from lightning_prune.deploy.runtime import Feed, open_session, to_feed
+from lightning_prune.deploy.tree import flatten
 from lightning_prune.errors import ConfigurationError, ProfileError, TracingError
 from lightning_prune.report.results import Report
 
@@ -92,6 +94,34 @@ def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:
     macs = cost.count_macs(target, *single)
     tell(f"export {name}", 1.0)
     return Made(exported, module, calls=calls, parity=parity, macs=macs)
+
+
+def try_export(module: Any, name: str | None, call: Call, options: Onnx) -> None:
+    """Export a submodule for nothing, to a temporary place, and compare it with PyTorch on two samples.
+
+    Args:
+        module: A copy of the LightningModule; it is changed.
+        name: The submodule's dotted name; None is the module itself.
+        call: How the submodule is called.
+        options: How the files are to be written.
+
+    Raises:
+        ExportError: It cannot be exported so, or the file differs from PyTorch.
+        TracingError: It cannot be run on the example.
+    """
+    module.cpu().float().eval()
+    target = submodule(module, name)
+    few = with_batch_of_two(*as_float(call))
+    with untouched_rng(), quiet_lightning(), tempfile.TemporaryDirectory() as scratch:
+        exported = export_onnx(target, Path(scratch) / "trial.onnx", *few, options)
+        check_parity(target, exported, [few])
+
+
+def as_float(call: Call) -> Call:
+    """Return a call with its tensors on the CPU, those of floating point in single precision."""
+    tensors, tree = flatten(detached(call, "cpu"))
+    result: Call = tree.build([t.float() if t.is_floating_point() else t for t in tensors])
+    return result
 
 
 def example_calls(module: Any, name: str | None, data: Data, example: Any = None) -> list[Call]:

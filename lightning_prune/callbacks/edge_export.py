@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning_prune._lightning import Callback, LightningModule, Trainer, namespace_of, say
-from lightning_prune._pipeline import Progress, run
+from lightning_prune._pipeline import run, try_export
 from lightning_prune._task import Data, Task
-from lightning_prune.callbacks._inputs import first_batch, validation_loaders
-from lightning_prune.deploy.calls import submodule
+from lightning_prune.callbacks._edge_output import log_headlines, progress_bar
+from lightning_prune.callbacks._inputs import example_inputs, first_batch, validation_loaders
+from lightning_prune.deploy.calls import Call, submodule
 from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.evaluate import never_called
 from lightning_prune.deploy.files import check_writable
@@ -27,13 +28,14 @@ from lightning_prune.deploy.profile import Profile
 from lightning_prune.deploy.quantize import Quantize
 from lightning_prune.deploy.runtime import require_onnxruntime
 from lightning_prune.deploy.search import check_logged, check_max_drop
-from lightning_prune.errors import ConfigurationError, EvaluationError, ExportError
+from lightning_prune.errors import ConfigurationError, EvaluationError, ExportError, TracingError
 from lightning_prune.exporting import baseline_warnings, dense_of, take_baseline
 from lightning_prune.report.results import Report
 
 _ONNX = Onnx()
 _QUANTIZE = Quantize()
 _PROFILE = Profile()
+_TRIAL_LIMIT = 10**9  # bytes of parameters: a trial holds three copies of them for a while
 
 
 class EdgeExport(Callback):
@@ -55,6 +57,10 @@ class EdgeExport(Callback):
         baseline: Whether to keep a copy of the dense network, for comparison; it travels in checkpoints.
         max_drop: How much the quantized file may lose of a metric, in its own unit: `{"val_acc": 0.01}`. If
             it loses more, the most sensitive layers stay in float.
+        trial: Whether to export the network before training too, for nothing, so that what cannot be
+            exported is told at once and not after the last epoch. It takes as long as one export, about a
+            second for small networks and ten for large ones; over 1 GB of parameters it is left out. The
+            training is bitwise the same with it and without.
 
     Attributes:
         report: The report of the last export; None before.
@@ -77,6 +83,7 @@ class EdgeExport(Callback):
         profile: Profile | None = _PROFILE,
         baseline: bool = True,
         max_drop: dict[str, float] | None = None,
+        trial: bool = True,
     ) -> None:
         super().__init__()
         if not str(dirpath):
@@ -97,6 +104,7 @@ class EdgeExport(Callback):
         self.profile = profile
         self.baseline = baseline
         self.max_drop = dict(max_drop) if max_drop else None
+        self.trial = trial
         self.report: Report | None = None
         self._reset()
 
@@ -154,17 +162,10 @@ class EdgeExport(Callback):
         submodule(pl_module, self.module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that the validation loop calls what is to be exported."""
-        if not trainer.is_global_zero or self._checked:
-            return
-        self._checked = True
-        loaders = validation_loaders(trainer, pl_module)
-        if len(leaves_of(loaders)) != 1 or not trainer.limit_val_batches:
-            return
-        rehearsal = Rehearsal(pl_module, self.module, trainer=trainer)
-        for batch in first_batch(loaders, one_loader=True):
-            if rehearsal.call(batch) is None and rehearsal.finished:
-                raise EvaluationError(never_called(pl_module, self.module, rehearsal.called))
+        """Make sure that the validation loop calls what is to be exported, and that it can be exported."""
+        if not self._checked:
+            self._checked = True
+            _on_first_process(trainer, lambda: self._try(trainer, pl_module))
 
     def on_before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the dense network, once, just before it is first changed."""
@@ -187,19 +188,39 @@ class EdgeExport(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             say(pl_module, "EdgeExport: nothing is exported in a fast_dev_run.")
             return
-        error: BaseException | None = None
-        if trainer.is_global_zero:
-            try:
-                self._export(trainer, pl_module)
-            except Exception as caught:  # noqa: BLE001 (raised below, once the other processes know)
-                error = caught
-        failed = trainer.strategy.broadcast(str(error) if error is not None else None)
-        if error is not None:
-            raise error
-        if failed is not None:
-            raise ExportError(f"EdgeExport failed on the first process: {failed}")
+        _on_first_process(trainer, lambda: self._export(trainer, pl_module))
 
     # ------------------------------------------------------------------ work
+
+    def _try(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        call = self._validation_call(trainer, pl_module)
+        if not self.trial:
+            return
+        if sum(p.numel() * p.element_size() for p in pl_module.parameters()) > _TRIAL_LIMIT:
+            say(pl_module, "EdgeExport: no trial export of a network over 1 GB before training.")
+            return
+        if call is None:
+            try:
+                call = example_inputs(trainer, pl_module, self.module, self.onnx.example_input)
+            except TracingError:
+                return  # it depends on loaders that are not there yet
+        try:
+            try_export(_bare_copy(pl_module), self.module, call, self.onnx)
+        except (ExportError, TracingError) as error:
+            raise type(error)(f"{error} (Found before training by EdgeExport(trial=True).)") from error
+
+    def _validation_call(self, trainer: Trainer, pl_module: LightningModule) -> Call | None:
+        """Return how the validation loop calls what is exported, None if that is not known yet."""
+        loaders = validation_loaders(trainer, pl_module)
+        if len(leaves_of(loaders)) != 1 or not trainer.limit_val_batches:
+            return None
+        rehearsal = Rehearsal(pl_module, self.module, trainer=trainer)
+        for batch in first_batch(loaders, one_loader=True):
+            call = rehearsal.call(batch)
+            if call is None and rehearsal.finished:
+                raise EvaluationError(never_called(pl_module, self.module, rehearsal.called))
+            return call
+        return None
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruned: Any = _bare_copy(pl_module)
@@ -243,6 +264,21 @@ class EdgeExport(Callback):
         return any(summary.get("history") for summary in self._pruning())
 
 
+def _on_first_process(trainer: Trainer, work: Callable[[], None]) -> None:
+    """Let the first process work while the others wait; if it fails, all of them raise."""
+    error: BaseException | None = None
+    if trainer.is_global_zero:
+        try:
+            work()
+        except Exception as caught:  # noqa: BLE001 (raised below, once the other processes know)
+            error = caught
+    failed = trainer.strategy.broadcast(str(error) if error is not None else None)
+    if error is not None:
+        raise error
+    if failed is not None:
+        raise ExportError(f"EdgeExport failed on the first process: {failed}")
+
+
 def _trained(trainer: Trainer) -> dict[str, Any] | None:
     """Return what training in 8 bits has found out, if there was any."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -260,48 +296,3 @@ def _bare_copy(pl_module: LightningModule) -> Any:
         tools = import_module(f"{namespace_of(result)}.utilities.compile")
         result = tools.to_uncompiled(result)
     return result
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Show the stages of an export as they go on."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    with Bar(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, fraction: float) -> None:
-            if stage not in tasks:
-                for other in tasks.values():
-                    bar.update(other, completed=1.0)
-                tasks[stage] = bar.add_task(stage, total=1.0)
-            bar.update(tasks[stage], completed=fraction)
-
-        yield tell
-
-
-def headlines(report: Report) -> dict[str, float]:
-    """Return the numbers of a report that belong into a logger, as `edge/<variant>/<what>`."""
-    found: dict[str, float] = {}
-    for variant in report.variants:
-        numbers: Mapping[str, Any] = {
-            "bytes": variant.bytes,
-            "compressed_bytes": variant.compressed_bytes,
-            "parameters": variant.parameters,
-            "nonzero": variant.nonzero,
-            "macs": variant.macs,
-            "p50_ms": variant.latency_ms.p50 if variant.latency_ms else None,
-            "peak_memory_bytes": variant.peak_memory_bytes,
-            **variant.metrics,
-        }
-        found.update({f"edge/{variant.name}/{k}": float(v) for k, v in numbers.items() if v is not None})
-    return found
-
-
-def log_headlines(trainer: Trainer, report: Report) -> None:
-    """Write the headline numbers to the user's own loggers."""
-    numbers = headlines(report)
-    for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=trainer.global_step)
-        logger.save()

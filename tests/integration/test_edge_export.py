@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -29,8 +30,10 @@ from lightning_prune.deploy import files
 from lightning_prune.errors import (
     ConfigurationError,
     EvaluationError,
+    ExportError,
     MissingDependencyError,
     OutputError,
+    ParityError,
     QuantizationError,
     SelectionError,
 )
@@ -308,6 +311,89 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, arguments, net, e
         running.fit(net(), loader(), loader(1))
 
 
+class Branches(Net):
+    """Its path depends on the values, so it cannot be written down as a graph."""
+
+    def forward(self, x):
+        return self.model(x) if float(x.mean()) > -9 else self.model(x) * 2
+
+
+class Noisy(Net):
+    """Draws random numbers in eval mode too."""
+
+    def forward(self, x):
+        return self.model(x) + torch.rand_like(x[:, 0, 0, :3])
+
+
+@pytest.mark.filterwarnings("ignore:.*`val_dataloader`")
+@pytest.mark.parametrize("fast_dev_run", [False, True], ids=["fit", "fast dev run"])
+@pytest.mark.parametrize(
+    ("net", "error", "message"),
+    [
+        (
+            Branches,
+            ExportError,
+            r"Branches cannot be exported.*module='...'.*Found before training",
+        ),
+        (Noisy, ParityError, r"differs from PyTorch.*Found before training"),
+    ],
+    ids=["branches", "random"],
+)
+def test_what_cannot_be_exported_is_told_before_training(tmp_path, net, error, message, fast_dev_run):
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None)
+    running = trainer(tmp_path, [Never(), edge], fast_dev_run=fast_dev_run)
+    with pytest.raises(error, match=message):
+        running.fit(net(), loader(), None if fast_dev_run else loader(1))
+
+
+def test_without_a_trial_the_training_begins(tmp_path):
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None, trial=False)
+    with pytest.raises(AssertionError, match="training has begun"):
+        trainer(tmp_path, [Never(), edge]).fit(Branches(), loader(), loader(1))
+
+
+def test_a_network_too_large_to_try_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_prune.callbacks.edge_export._TRIAL_LIMIT", 100)
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None)
+    with caplog.at_level("INFO"), pytest.raises(AssertionError, match="training has begun"):
+        trainer(tmp_path, [Never(), edge]).fit(Branches(), loader(), loader(1))
+    assert "no trial export of a network over 1 GB" in caplog.text
+
+
+class Random(Inner):
+    """Uses every random generator while it trains, and keeps the losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.insert(8, torch.nn.Dropout(0.3))
+        self.losses, self.modes = [], []
+
+    def training_step(self, batch, batch_idx):
+        factor = random.uniform(0.9, 1.1) * np.random.uniform(0.9, 1.1)
+        loss = self.step([batch[0] * factor, batch[1]])[0]
+        self.losses.append(loss.item())
+        self.modes.append([child.training for child in self.modules()])
+        return loss
+
+
+def test_training_is_bitwise_the_same_with_a_trial_and_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_prune.callbacks.edge_export.run", lambda *_: None)
+    monkeypatch.setattr("lightning_prune.callbacks.edge_export.log_headlines", lambda *_: None)
+    found = []
+    for trial in (True, False):
+        pl.seed_everything(3)
+        net = Random()
+        edge = EdgeExport(str(tmp_path / "edge"), module="model", trial=trial)
+        trainer(tmp_path, [*pruners(), edge], max_epochs=3).fit(net, loader(shuffle=True), loader(1))
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()]
+        draws = (torch.rand(3).tolist(), np.random.rand(), random.random())
+        found.append((net.state_dict(), net.losses, net.modes, hooks, draws))
+    (one, *rest), (other, *others) = found
+    assert rest == others
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_an_unwritable_dirpath_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     running = trainer(tmp_path, [Never(), EdgeExport(str(tmp_path / "file" / "edge"))])
@@ -405,9 +491,9 @@ DDP = """
         running = trainer(".", [mask, edge], max_epochs=2, strategy="ddp", devices=2)
         try:
             running.fit(Metric(), loader(), loader(1, n=90))
-            print("rank", running.global_rank, "done", flush=True)
+            print(f"rank {running.global_rank} done\\n", end="", flush=True)
         except ExportError as error:
-            print("rank", running.global_rank, type(error).__name__, error, flush=True)
+            print(f"rank {running.global_rank} {type(error).__name__} {error}\\n", end="", flush=True)
 """
 
 
