@@ -7,6 +7,7 @@ from lightning_prune.callbacks.after_pruning import AfterPruning
 from lightning_prune.callbacks.edge_export import EdgeExport
 from lightning_prune.callbacks.layer_pruning import LayerPruning
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_prune.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.deploy.onnx import Onnx
 from lightning_prune.deploy.profile import Profile
@@ -29,6 +30,7 @@ __all__ = [
     "Onnx",
     "Profile",
     "PrunedLoading",
+    "QuantizationAwareTraining",
     "Quantize",
     "Schedule",
     "SparseTraining",

@@ -225,8 +225,10 @@ class QuantizationAwareTraining(Callback):
                     "EdgeExport", "onnx", f"without legacy=True beside {_OWNER}", other.onnx
                 )
             wanted = other.quantize
-            if wanted is not None and (wanted.mode, wanted.target) != ("static", self.target):
-                expected = f"static and for the target {self.target!r}, as {_OWNER} trains"
+            if wanted is not None and (
+                wanted.mode != "static" or grid_of(wanted.target) != grid_of(self.target)
+            ):
+                expected = f"static and for {self.target!r}, as {_OWNER} trains"
                 remedy = f"write Quantize(target={self.target!r})"
                 raise ConfigurationError.of("EdgeExport", "quantize", expected, wanted, remedy)
         return root or ""

@@ -57,6 +57,7 @@ class Trained:
 
     def mismatches(self, mode: str, target: str, root: str | None) -> tuple[str, ...]:
         """Say what about a wanted file is not as it was trained; then the ranges do not apply."""
+        target = self.target if grid_of(target) == grid_of(self.target) else target
         wanted = {"mode": mode, "target": target, "module": root or ""}
         mine = {"mode": "static", "target": self.target, "module": self.root}
         other = [f"{key} {mine[key]!r}, not {wanted[key]!r}" for key in mine if wanted[key] != mine[key]]

@@ -19,6 +19,7 @@ from lightning_prune import (
     EdgeExport,
     LayerPruning,
     MagnitudePruning,
+    QuantizationAwareTraining,
     Schedule,
     StructuralPruning,
 )
@@ -66,6 +67,7 @@ def make(name, tmp_path):
         "MagnitudePruning": lambda: MagnitudePruning(0.5, schedule=SOON),
         "StructuralPruning": lambda: StructuralPruning(Budget(macs=0.7), schedule=SOON, round_to=1),
         "LayerPruning": lambda: LayerPruning(1, schedule=SOON, include=["net.0"]),
+        "QuantizationAwareTraining": lambda: QuantizationAwareTraining(0.5),
         "EdgeExport": lambda: EdgeExport(str(tmp_path / "edge"), quantize=None, profile=None),
     }[name]()
 
@@ -119,6 +121,7 @@ def test_every_callback_is_covered(tmp_path):
         "EdgeExport",
         "LayerPruning",
         "MagnitudePruning",
+        "QuantizationAwareTraining",
         "StructuralPruning",
     ]
 

@@ -10,6 +10,7 @@ EXPECTED = {
     "Onnx",
     "Profile",
     "PrunedLoading",
+    "QuantizationAwareTraining",
     "Quantize",
     "Schedule",
     "SparseTraining",
