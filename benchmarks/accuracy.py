@@ -32,7 +32,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from common import PACKAGES, environment, option, table, write
+from common import PACKAGES, RESULTS, environment, option, table, write
 from data import add_data_root
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
@@ -242,7 +242,7 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
     where = "the held-out part of the training set" if arguments.choose else "the test set"
     title = f"{task.title}. {SCORES[task.metric]} on {where}, of the last epoch, on the ONNX files."
     about = environment(torch.get_num_threads(), (*PACKAGES, "torch-pruning"))
-    folder = arguments.work if arguments.choose else Path(__file__).parent / "results"
+    folder = arguments.work if arguments.choose else RESULTS
     write(f"accuracy_{name}", config, found, [title, "", *table(head, rows)], about=about, folder=folder)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("LIGHTNING_PRUNE_RESULTS", Path(__file__).parent / "results"))
 PACKAGES = ("torch", "pytorch-lightning", "onnxruntime", "lightning-prune")
 
 
