@@ -15,6 +15,7 @@ from lightning_prune.report.measures import column_rows, missing, rows
 from lightning_prune.report.observations import faster, remarks
 from lightning_prune.report.protocol import profile_sentence
 from lightning_prune.report.results import Report, Variant
+from lightning_prune.report.search import TITLE, searches
 from lightning_prune.report.surroundings import environment_rows
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def _context(report: Report) -> dict[str, Any]:
         "remarks": remarks(report),
         "rows": rows(report),
         "columns": column_rows(report),
+        "searches": searches(report),
+        "search_title": TITLE,
         "notes": missing(report),
         "protocol": profile_sentence(report),
         "noisy": bool(report.profile.get("noisy")),

@@ -13,6 +13,7 @@ from lightning_prune.report.measures import Row, column_rows, missing, rows
 from lightning_prune.report.observations import remarks
 from lightning_prune.report.protocol import profile_sentence
 from lightning_prune.report.results import Interval, Report
+from lightning_prune.report.search import TITLE, searches
 from lightning_prune.report.surroundings import environment_rows
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")
@@ -43,6 +44,7 @@ def render_markdown(report: Report) -> str:
     parts.extend(escape(sentence) for sentence in notes)
     parts.extend(_intervals(report))
     parts.extend(_classes(report))
+    parts.extend(_searches(report))
     parts.extend(_operators(report))
     parts.extend(_columns(report))
     parts.extend(_layers(report))
@@ -121,6 +123,13 @@ def _classes(report: Report) -> list[str]:
         return []
     lines = [[row.name, row.support, *row.recalls] for row in found]
     return ["## Recall by class", table(["Class", "Samples", *names], lines, right=True)]
+
+
+def _searches(report: Report) -> list[str]:
+    parts = []
+    for found in searches(report):
+        parts += [f"## {TITLE}: {escape(found.variant)}", table(found.header, found.lines, right=True)]
+    return parts
 
 
 def _columns(report: Report) -> list[str]:

@@ -8,6 +8,7 @@ from lightning_prune.report.measures import DASH, column_rows, missing, rows
 from lightning_prune.report.observations import remarks
 from lightning_prune.report.protocol import profile_sentence
 from lightning_prune.report.results import Report
+from lightning_prune.report.search import TITLE, Search, searches
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,10 +33,25 @@ def print_table(report: Report, console: Console | None = None) -> None:
 
     console = console or Console()
     console.print(build_table(report))
+    for search in searches(report):
+        console.print(_search_table(search))
     for sentence in filter(None, (profile_sentence(report), *missing(report))):
         console.print(Text(sentence, style="dim"))
     for sentence in remarks(report):
         console.print(Text.assemble(("! ", "bold yellow"), sentence))
+
+
+def _search_table(search: Search) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"{TITLE}: {search.variant}"), box=box.SIMPLE_HEAD, title_justify="left")
+    for number, title in enumerate(search.header):
+        table.add_column(Text(title), justify="right" if number else "left", overflow="fold")
+    for line in search.lines:
+        table.add_row(*map(Text, line))
+    return table
 
 
 def build_table(report: Report) -> Table:
