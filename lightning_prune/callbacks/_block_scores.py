@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.callbacks._calibration import Calibration, mean_over_ranks, total_over_ranks
-from lightning_prune.cost import eager
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.blocks import Block, overrule, stand_in
 from lightning_prune.structure.depth import magnitude
 from lightning_prune.structure.distil import Observed, observe, set_weights
+from lightning_prune.structure.residual import repeatable
 
 Weights = dict[str, Tensor]
 Run = Callable[[nn.Module], Any]
@@ -63,13 +63,12 @@ def _observe(
 ) -> None:
     calibration = Calibration(trainer, pl_module, batches)
     handles = observe(calibration.copy, seen)
-    with eager():
-        for step in ("training_step", "validation_step"):
-            if calibration.run(step) and all(observed.seen for observed in seen.values()):
-                break
-        else:
-            with torch.no_grad():
-                run(calibration.copy)
+    for step in ("training_step", "validation_step"):
+        if calibration.run(step) and all(observed.seen for observed in seen.values()):
+            break
+    else:
+        with torch.no_grad(), repeatable():
+            run(calibration.copy)
     for handle in handles:
         handle.remove()
     for observed in seen.values():
@@ -83,8 +82,7 @@ def _losses(
     calibration = Calibration(trainer, pl_module, batches)
 
     def loss() -> float:
-        with eager():
-            found = mean_over_ranks(trainer, calibration.loss(), pl_module.device)
+        found = mean_over_ranks(trainer, calibration.loss(), pl_module.device)
         if found is None:
             expected = '"output" or "magnitude" for a module whose steps return no loss and log none'
             remedy = 'return the loss from `validation_step`, or log it under a name that has "loss" in it'

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.callbacks._inputs import validation_loaders
+from lightning_prune.cost import countable
 from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.loaders import batches_in_turn, batches_together, fixed_rng, leaves_of
 
@@ -36,6 +37,8 @@ class Calibration(Rehearsal):
         self.batches = batches
         self.losses: list[float] = []
         """The losses of the steps of the last run, where a step returned or logged one."""
+        # Before the sanity check only the loop can make the loaders that were passed to `fit`.
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
         self.loaders = {
             "training_step": _here(trainer.train_dataloader),
             "validation_step": _here(validation_loaders(trainer, pl_module)),
@@ -62,7 +65,8 @@ class Calibration(Rehearsal):
         finished = 0
         if not hasattr(self.copy, step) or not leaves_of(self.loaders[step]):
             return 0
-        with fixed_rng():
+        # As plain operators: attention's fast path gives blocks nested tensors, and runs no hooks.
+        with fixed_rng(), countable(real=False):
             for batch, index in self._batches(step):
                 before = len(self.losses)
                 self.call(batch, step=step, dataloader_idx=index)
