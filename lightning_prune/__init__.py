@@ -6,6 +6,7 @@ from lightning_prune.callbacks.accuracy_guard import AccuracyGuard
 from lightning_prune.callbacks.after_pruning import AfterPruning
 from lightning_prune.callbacks.edge_export import EdgeExport
 from lightning_prune.callbacks.layer_pruning import LayerPruning
+from lightning_prune.callbacks.low_rank import LowRank, low_rank
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
@@ -26,6 +27,7 @@ __all__ = [
     "Budget",
     "EdgeExport",
     "LayerPruning",
+    "LowRank",
     "MagnitudePruning",
     "Onnx",
     "Profile",
@@ -38,4 +40,5 @@ __all__ = [
     "__version__",
     "export",
     "load_pruned",
+    "low_rank",
 ]

@@ -6,6 +6,7 @@ EXPECTED = {
     "Budget",
     "EdgeExport",
     "LayerPruning",
+    "LowRank",
     "MagnitudePruning",
     "Onnx",
     "Profile",
@@ -18,6 +19,7 @@ EXPECTED = {
     "__version__",
     "export",
     "load_pruned",
+    "low_rank",
 }
 
 

@@ -88,7 +88,7 @@ class Kill(Callback):
 
 
 def pruning_callbacks(kinds: str) -> list[Callback]:
-    """Make the callbacks of a run: `s`, `m`, `l` for structural and magnitude pruning and low rank, in order."""
+    """Make the callbacks of a run, in order: structural (`s`), magnitude pruning (`m`), low rank (`l`)."""
     made: dict[str, Callback] = {
         "s": StructuralPruning(Budget(macs=0.5), schedule=Schedule("linear", 1, 4, unit="epoch"), round_to=1),
         "m": MagnitudePruning(0.6, schedule=Schedule("cubic", 0, 4, unit="epoch")),

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from structural_cases import Net, macs
 
+from lightning_prune.callbacks.low_rank import LowRank
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.schedules import Schedule
@@ -68,6 +69,7 @@ STRATEGIES = {
     "manual_static": {"static_graph": True},
     "joint": {},
     "importance": {},
+    "low_rank": {},
     "unreachable": {},
 }
 
@@ -83,6 +85,8 @@ def main(folder: Path, variant: str) -> None:
     ]
     if variant == "joint":
         callbacks.insert(0, MagnitudePruning(0.6, schedule=schedule))
+    if variant == "low_rank":
+        callbacks.insert(0, LowRank(ratio=0.7, schedule=Schedule("one_shot", 1, unit="epoch"), round_to=1))
     net = Manual() if variant.startswith("manual") else Unbalanced()
     keep = ModelCheckpoint(folder, save_last=True)
     trainer = pl.Trainer(
