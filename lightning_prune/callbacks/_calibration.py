@@ -37,8 +37,9 @@ class Calibration(Rehearsal):
         self.batches = batches
         self.losses: list[float] = []
         """The losses of the steps of the last run, where a step returned or logged one."""
-        # Before the sanity check only the loop can make the loaders that were passed to `fit`.
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if trainer.enable_validation:
+            # Before the sanity check only the loop can make the loaders that were passed to `fit`.
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         self.loaders = {
             "training_step": _here(trainer.train_dataloader),
             "validation_step": _here(validation_loaders(trainer, pl_module)),
