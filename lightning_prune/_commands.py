@@ -11,9 +11,11 @@ from rich.table import Table
 
 from lightning_prune import _bundle_commands
 from lightning_prune.callbacks import _network
+from lightning_prune.callbacks._block_table import candidates
 from lightning_prune.callbacks._edge_output import progress_bar
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks.edge_export import EdgeExport
+from lightning_prune.callbacks.layer_pruning import LayerPruning
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.cost import count_parameters
@@ -81,7 +83,7 @@ class Commands:
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Show what structural and magnitude pruning could do, without training.
+        """Show what structural, layer and magnitude pruning could do, without training.
 
         Args:
             model: The LightningModule.
@@ -97,6 +99,9 @@ class Commands:
         found = [c for c in self.callbacks if isinstance(c, StructuralPruning)]
         for callback in found or [StructuralPruning()]:
             _inspect_structure(self, model, callback, console)
+        layers = [c for c in self.callbacks if isinstance(c, LayerPruning)]
+        for layer_pruning in layers or [LayerPruning()]:
+            _inspect_blocks(self, model, layer_pruning, console, asked=bool(layers))
         chosen = [c for c in self.callbacks if isinstance(c, MagnitudePruning)]
         for pruning in chosen or [MagnitudePruning()]:
             _inspect_weights(model, pruning, console)
@@ -129,6 +134,18 @@ def _show_groups(
         members = ", ".join(dict.fromkeys(member.module for member in group.members))
         table.add_row(group.name, str(group.channels), can or "nothing smaller", members)
     console.print(table)
+
+
+def _inspect_blocks(trainer: Any, model: Any, callback: LayerPruning, console: Console, asked: bool) -> None:
+    try:
+        blocks, sizes = callback.look(trainer, model)
+        console.print(candidates(blocks, sizes))
+        if asked:
+            outlook = callback.foresee(model, blocks, sizes)
+            show(outlook, blocks, console, title="Layer pruning", parts="blocks")
+    except (BudgetError, ConfigurationError) as error:
+        if asked:
+            console.print(str(error), style="bold")
 
 
 def _inspect_weights(model: Any, callback: MagnitudePruning, console: Console) -> None:

@@ -1,12 +1,15 @@
-"""The table that closes a fit with `LayerPruning`: what became of each block."""
+"""Tables of blocks: what can become of each, and at the end of a fit with `LayerPruning` what has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from lightning_prune.structure.blocks import Block
+from lightning_prune.structure.depth import Sizes
 
 
 def show(summary: Mapping[str, Any], now: Mapping[str, float], console: Console | None = None) -> None:
@@ -49,4 +52,24 @@ def table(blocks: list[dict[str, Any]]) -> Table:
         saved = ("", "") if block["reason"] else (f"{block['macs']:,.0f}", f"{block['params']:,.0f}")
         stays = f"stays ({block['reason']})" if block["reason"] else "stays"
         out.add_row(block["name"], score, *saved, block["became"] or stays)
+    return out
+
+
+def candidates(blocks: Sequence[Block], sizes: Sizes) -> Table:
+    """Build the table of what can become of each block.
+
+    Args:
+        blocks: The blocks.
+        sizes: What each saves.
+
+    Returns:
+        One row a block.
+    """
+    out = Table(title="Blocks", title_justify="left")
+    for heading in ("block", "can become", "MACs saved", "parameters saved"):
+        out.add_column(heading, justify="left" if heading in ("block", "can become") else "right")
+    for block in blocks:
+        saved = [f"{sizes.saved[kind].get(block.name, 0.0):,.0f}" for kind in ("macs", "params")]
+        cells = [block.reason, "", ""] if block.reason else [block.becomes, *saved]
+        out.add_row(block.name, *cells)
     return out

@@ -35,6 +35,7 @@ from lightning_prune.structure.depth import (
 )
 from lightning_prune.structure.distil import set_weights
 from lightning_prune.structure.optimizers import Swap
+from lightning_prune.structure.plan import Outlook
 from lightning_prune.structure.replaced import put
 
 _OWNER = "LayerPruning"
@@ -204,14 +205,12 @@ class LayerPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks, see whether the budget can be met, and show what it will come to."""
         self._timeline = _clock.plan(trainer, pl_module, self.schedule)
-        self._calls, self._example = _network.find(trainer, pl_module, self.example_input, _OWNER)
-        blocks, sizes = self.survey(pl_module)
+        blocks, sizes = self.look(trainer, pl_module)
         if self.score == "loss" and self._level < 1.0:
             judge(
                 trainer, pl_module, [], "loss", 1, self._run
             )  # or the user learns of it when the cut is due
-        scores = {block.name: magnitude(pl_module, block.name) for block in blocks if not block.reason}
-        outlook = foresee_blocks(scores, blocks, sizes, self.budget, self._dense)
+        outlook = self.foresee(pl_module, blocks, sizes)
         if trainer.is_global_zero and trainer.progress_bar_callback is not None:
             show(outlook, blocks, title="Layer pruning", parts="blocks")
 
@@ -262,6 +261,20 @@ class LayerPruning(Callback):
         checkpoint[manifest.KEY] = manifest.to_checkpoint(pl_module)
 
     # ------------------------------------------------------------------ blocks
+
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[Block], Sizes]:
+        """Find out what the network is run with, then its blocks, and what each would save."""
+        self._calls, self._example = _network.find(trainer, pl_module, self.example_input, _OWNER)
+        return self.survey(pl_module)
+
+    def foresee(self, pl_module: LightningModule, blocks: Sequence[Block], sizes: Sizes) -> Outlook:
+        """Work out what the budget will come to, going by magnitude.
+
+        Raises:
+            BudgetError: It cannot be reached.
+        """
+        scores = {block.name: magnitude(pl_module, block.name) for block in blocks if not block.reason}
+        return foresee_blocks(scores, blocks, sizes, self.budget, self._dense)
 
     def survey(self, pl_module: LightningModule) -> tuple[list[Block], Sizes]:
         """Find the blocks that are left, and what each would save; note what the network is now."""
