@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_prune.cost import call_with, countable
+from lightning_prune.cost import copied, countable, skeleton
 from lightning_prune.errors import TracingError
 from lightning_prune.structure.grouping import OUTPUT, groups_of
 from lightning_prune.structure.groups import Group
@@ -23,6 +23,7 @@ from lightning_prune.structure.provenance import (
     Record,
     align_recurrent,
     hook_bare_norms,
+    hooks_aside,
     label,
 )
 from lightning_prune.structure.rules import RULES, other
@@ -58,13 +59,14 @@ def trace(
 
 
 def _follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
-    with _untouched(module), countable(real=True), torch.no_grad():
-        # User code may refuse meta tensors, and numbers that are more than numbers, in any way.
-        for device in (torch.device("meta"), None):
+    with _surroundings(module), countable(real=True), torch.no_grad():
+        # User code may refuse meta tensors, and numbers that are more than numbers, in any way. It may also
+        # keep what it computes, so every try has a copy of its own.
+        for copy in (skeleton, copied):
             with contextlib.suppress(Exception):
-                return _pass(module, args, kwargs, device, sized=True)
+                return _pass(copy(module), args, kwargs, sized=True)
         try:
-            return _pass(module, args, kwargs, None, sized=False)
+            return _pass(copied(module), args, kwargs, sized=False)
         except TracingError:
             raise
         except Exception as error:
@@ -76,19 +78,9 @@ def _follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             ) from error
 
 
-def _pass(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    device: torch.device | None,
-    *,
-    sized: bool,
-) -> Record:
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if device is None else tensor.detach().to(device)
-
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {name: place(tensor) for name, tensor in tensors.items()}
+def _pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, sized: bool) -> Record:
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    meta = any(tensor.is_meta for tensor in state.values())
     record = Record()
     follower = Follower(record, RULES, other)
     for name, tensor in state.items():
@@ -98,7 +90,9 @@ def _pass(
             follower.known[tensor] = Labels(kept=True)
     align_recurrent(module, follower, state)
     for training in (False, True):
-        inputs = tree_map_only(Tensor, place, (args, kwargs))
+        inputs = tree_map_only(
+            Tensor, lambda t: t.detach().to("meta") if meta else t.detach().clone(), (args, kwargs)
+        )
         for leaf in tree_leaves(inputs):
             if isinstance(leaf, Tensor):
                 follower.give(leaf, [], DATA)
@@ -109,8 +103,9 @@ def _pass(
                 if sized:
                     stack.enter_context(numbered(module, record))
                     stack.enter_context(Watcher(follower))
+                stack.enter_context(hooks_aside(module, follower))
                 stack.enter_context(follower)
-                out = call_with(module, state, inputs[0], inputs[1])
+                out = module(*inputs[0], **inputs[1])
         except Exception:
             if not training:
                 raise
@@ -153,17 +148,11 @@ def leaves_of(out: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Give back the buffers and the random state as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+def _surroundings(module: nn.Module) -> Iterator[None]:
+    """Follow a network wherever it was called from, and give back the random state as it was."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         stack.enter_context(torch.inference_mode(False))
         for device in {parameter.device.type for parameter in module.parameters()} or {"cpu"}:
             stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        yield

@@ -12,7 +12,8 @@ dimension on which its labels do not depend. Label 0 is none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,7 @@ class Record:
         made: Labels of weights that make channels.
         balanced: `(labels in order, runs)`: every run must keep equally many.
         demands: Numbers that must come out right after a cut, as `structure.sizes.Demand`s.
+        guesses: Labels of tensors made on the way, which may turn out to be channels.
         events: The operators that found something out.
         results: The events that the network's outputs, and whatever outlives a pass, came from.
     """
@@ -93,6 +95,7 @@ class Record:
     made: list[Tensor] = field(default_factory=list)
     balanced: list[tuple[Tensor, int]] = field(default_factory=list)
     demands: list[Any] = field(default_factory=list)
+    guesses: set[int] = field(default_factory=set)
     events: list[Event] = field(default_factory=list)
     results: list[Event] = field(default_factory=list)
     count: int = 1
@@ -147,6 +150,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rules = rules
         self.fallback = fallback
         self.known: Any = WeakIdKeyDictionary()
+        self.aside = 0
 
     # What rules work with.
 
@@ -164,7 +168,21 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kept.append(small)
             else:
                 self.pin([small], "single channels of it are taken apart")
-        self.known[tensor] = Labels(kept, source, view, kept=self.of(tensor).kept)
+        self.known[tensor] = Labels(self._certain(kept), source, view, kept=self.of(tensor).kept)
+
+    def _guessed(self, factor: Tensor) -> bool:
+        return bool(self.record.guesses) and int(factor.max()) in self.record.guesses
+
+    def _certain(self, factors: list[Tensor]) -> list[Tensor]:
+        """Drop labels that only a number gave, where a view has mixed them with others."""
+        if len(factors) < 2 or not self.record.guesses:
+            return factors
+        guessed = [self._guessed(factor) for factor in factors]
+        return [
+            factor
+            for at, factor in enumerate(factors)
+            if not guessed[at] or not any(_overlap(factor, x) for x in factors if x is not factor)
+        ]
 
     def pin(self, factors: Iterable[Tensor], reason: str) -> None:
         """Make labels stay."""
@@ -195,7 +213,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for other in [other for other in merged if _overlap(other, factor)]:
                     merged = [m for m in merged if m is not other]
                     self.unite(other, factor)
-                    factor = torch.where(other > 0, other, factor)
+                    first, second = (factor, other) if self._guessed(other) else (other, factor)
+                    factor = torch.where(first > 0, first, second)
                 merged.append(factor)
         return merged
 
@@ -233,7 +252,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                         labels.view or labels.kept
                     ):  # what it is a part of, or outlives the pass, depends on it
                         self.record.results.append(event)
-        elif not outs:  # a number, of which anything may be made
+        elif not outs and not self.aside:  # a number, of which anything may be made
             self.record.results.append(event)
 
     def found(self, tensors: Sequence[Tensor], since: tuple[int, ...]) -> None:
@@ -360,6 +379,29 @@ def connected(count: int, left: Tensor, right: Tensor) -> Tensor:
         if torch.equal(new, parent):
             return parent
         parent = new
+
+
+@contextlib.contextmanager
+def hooks_aside(module: nn.Module, follower: Follower) -> Iterator[None]:
+    """Tell the follower when a forward hook runs: numbers that one takes are for its own use.
+
+    Tensors that a hook computes count only if the forward goes on with them, as any do.
+    """
+
+    def begin(layer: nn.Module, inputs: Any, output: Any) -> None:
+        follower.aside += 1
+
+    def end(layer: nn.Module, inputs: Any, output: Any) -> None:
+        follower.aside -= 1
+
+    # Hooks of all modules run before a module's own, and those registered last run last.
+    handles = [nn.modules.module.register_module_forward_hook(begin)]
+    handles += [child.register_forward_hook(end) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def hook_bare_norms(module: nn.Module, follower: Follower) -> list[Any]:

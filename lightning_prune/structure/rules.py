@@ -21,6 +21,7 @@ from lightning_prune.structure.products import (
     normalize,
 )
 from lightning_prune.structure.provenance import (
+    DATA,
     WILD,
     Follower,
     Labels,
@@ -113,6 +114,36 @@ def _rearranged(func: Any, labels: Tensor, args: tuple[Any, ...], kwargs: dict[s
     if name == "constant_pad_nd":
         return func(labels, args[0], 0)
     return func(labels, *args, **kwargs)
+
+
+def scatter(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`x[indices] = values`: what is looked up stays, what lies behind it is one class with the values."""
+    x, indices, values = args[:3]
+    known, theirs = f.of(x), f.of(values)
+    looked = {dim for dim, at in enumerate(indices) if at is not None}
+    behind = x.dim() - len(looked)
+    leading = looked == set(range(len(looked)))
+    kept = []
+    for factor in theirs.factors:
+        lead = max(0, factor.dim() - behind)
+        if not leading or any(dim < lead for dim in varying(factor)):
+            f.pin([factor], "it is written where numbers say")
+            continue
+        shape = tuple(factor.shape[lead:])
+        kept.append(factor.reshape((1,) * (x.dim() - len(shape)) + shape))
+    mine = [factor for factor in known.factors if not looked & set(varying(factor))]
+    f.pin([x for x in known.factors if looked & set(varying(x))], "it is written where numbers say")
+    factors = f.merge([mine, kept], x.dim())
+    if known.view and not _equal(known.factors, factors):
+        f.pin(factors, "it is written into a part of another tensor")
+    else:
+        f.give(out, factors, max(known.source, theirs.source), view=known.view)
+
+
+def pooled(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`roi_align`, `roi_pool`: regions of images become images; channels stay."""
+    known = f.of(args[0])
+    f.give(out, [f.tie(factor, [d for d in varying(factor) if d != 1]) for factor in known.factors], DATA)
 
 
 def restride(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -291,6 +322,8 @@ RULES = _table(
     (("stack",), stack),
     (("as_strided",), restride),
     (("glu",), gated),
+    (("index_put", "_index_put_impl"), scatter),
+    (("roi_align", "roi_pool"), pooled),
     (("mm", "bmm", "mv", "dot"), mm),
     (("addmm", "baddbmm"), addmm),
     (("convolution", "_convolution"), convolution),

@@ -208,6 +208,7 @@ class Watcher(TorchFunctionMode):
 
     def extent(self, tensor: Tensor, dim: int) -> Extent:
         """Return the extent of a tensor along one dimension."""
+        dim %= tensor.dim()
         factors = [f for f in self.follower.of(tensor).factors if dim in varying(f)]
         if not factors:
             return Extent(torch.zeros(tensor.shape[dim], 1, dtype=torch.int64))
@@ -314,6 +315,7 @@ def _created(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     for dim, size in enumerate(sizes):
         if isinstance(size, Size) and int(size) > 1:
             labels = new_labels(watcher.record, "=", dim, int(size))
+            watcher.record.guesses |= set(labels.tolist())
             watcher.demand(size, Extent(labels[:, None]))
             factors.append(labels.view(shape_at(dim, out.dim(), int(size))))
     if factors:
