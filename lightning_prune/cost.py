@@ -151,30 +151,26 @@ _Counts = tuple[dict[str, dict[Any, int]], dict[str, int]]
 
 
 def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counts:
+    # On copies, because modules may keep tensors that they make in a forward, such as anchors.
     try:
-        return _count_on(module, args, kwargs, torch.device("meta"))
+        return _counted(
+            skeleton(module), *tree_map_only(torch.Tensor, lambda x: x.detach().to("meta"), (args, kwargs))
+        )
     except Exception:  # noqa: BLE001 - user code may refuse meta tensors in any way; the real run decides
-        return _count_on(module, args, kwargs, None)
+        return _counted(copied(module), args, kwargs)
 
 
-def _count_on(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | None
-) -> _Counts:
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().clone() if device is None else tensor.detach().to(device)
-
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {name: place(tensor) for name, tensor in tensors.items()}
-    args, kwargs = tree_map_only(torch.Tensor, place, (args, kwargs))
+def _counted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counts:
+    state = dict(module.named_parameters())
     counter = FlopCounterMode(display=False)
     with (
         eval_mode(module),
         torch.no_grad(),
-        countable(real=device is None),
+        countable(real=not all(tensor.is_meta for tensor in state.values())),
         _ByWeight(state, counter.flop_registry) as spent,  # outside: it sees what the counter decomposed
         counter,
     ):
-        torch.func.functional_call(module, state, args, kwargs)
+        module(*args, **kwargs)
     by_module = {name: dict(ops) for name, ops in counter.get_flop_counts().items()}
     return by_module, {name: flops // 2 for name, flops in spent.flops.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_prune._lightning import NAMESPACES, LightningModule, Trainer
 from lightning_prune.callbacks._inputs import example_inputs, observed_call
@@ -87,14 +87,36 @@ def example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
         >>> inputs = example((torch.zeros(8, 3),), {})
         >>> inputs.args[0].shape, inputs.single[0][0].shape
         (torch.Size([2, 3]), torch.Size([1, 3]))
+        >>> pictures = [torch.zeros(3, 8, 6), torch.zeros(3, 5, 9), torch.zeros(3, 4, 4)]
+        >>> [tuple(x.shape) for x in example((pictures,), {}).args[0]]
+        [(3, 8, 6), (3, 5, 9)]
     """
-    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
-    sizes = {tensor.shape[0] for tensor in tensors}
+    leaves = tree_leaves((args, dict(kwargs)), is_leaf=_pictures)
+    lists = {len(leaf) for leaf in leaves if _pictures(leaf)}
+    sizes = lists or {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
     if len(sizes) != 1:  # the batch dimension cannot be told
         return Example(args, kwargs, (args, kwargs))
-    two, one = ((_first(args, n), _first(dict(kwargs), n)) for n in (2, 1))
+    size = lists.pop() if lists else None
+    two, one = ((_first(args, n, size), _first(dict(kwargs), n, size)) for n in (2, 1))
     return Example(*two, one)
 
 
-def _first(inputs: Any, count: int) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor[:count].clone() if tensor.dim() else tensor, inputs)
+def _pictures(value: Any) -> bool:
+    """Whether this is a batch as detectors take it: pictures (channels, height, width) of any sizes."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, Tensor) and x.dim() == 3 and x.shape[0] in (1, 3, 4) for x in value)
+    )
+
+
+def _first(inputs: Any, count: int, pictures: int | None) -> Any:
+    if pictures is None:
+        return tree_map_only(
+            Tensor, lambda tensor: tensor[:count].clone() if tensor.dim() else tensor, inputs
+        )
+
+    def listed(value: Any) -> bool:  # the pictures, or what there is one of for each, such as targets
+        return isinstance(value, list) and len(value) == pictures
+
+    return tree_map(lambda value: value[:count] if listed(value) else value, inputs, is_leaf=listed)

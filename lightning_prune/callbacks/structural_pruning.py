@@ -266,7 +266,7 @@ class StructuralPruning(Callback):
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
         """See the network anew when other layers have taken the place of some."""
         if change.removed and self._example is not None:
-            self._evidence = Evidence()
+            self._learning.evidence = Evidence()
             self.on_rollback(trainer, pl_module)
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -288,10 +288,7 @@ class StructuralPruning(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; Lightning calls no teardown after an exception."""
         self._learning.stop()
-        _checkpoint_hooks.uninstall(pl_module)
-        if exception.__class__.__name__ == "ProcessRaisedException":
-            # What `setup` raised in a spawned process comes out of the launcher as mere text.
-            check_strategy(trainer.strategy, _OWNER)
+        _checkpoint_hooks.clean_up(trainer, pl_module, exception, _OWNER)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

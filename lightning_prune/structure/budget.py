@@ -109,7 +109,7 @@ def granularity(group: Group, dense: int, round_to: int | str) -> int:
         >>> granularity(group, 24, "auto"), granularity(group, 24, 10), granularity(group, 24, 1)
         (8, 10, 1)
     """
-    unit = group.step  # what one step takes from the layer whose width is rounded
+    unit = group.unit or group.step  # what one step takes from the layer whose width is rounded
 
     def multiple(of: int) -> int:
         return group.step * (lcm(unit, of) // unit)

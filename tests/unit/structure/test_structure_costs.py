@@ -192,3 +192,21 @@ def test_bounds_spare_counting_and_never_decide_wrongly(seed):
         assert costs.within(kept, allowed) == (macs <= allowed)
     assert not costs.exact
     assert len(runs) <= 30
+
+
+def test_counting_leaves_no_trace_in_the_network():
+    """Detectors keep the anchors they made in a forward: these must not be made of nothing afterwards."""
+
+    class Anchored(nn.Linear):
+        anchors: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.anchors = x.new_zeros(3) if self.anchors is None else self.anchors.to(x.device)
+            return super().forward(x) + self.anchors
+
+    net = Anchored(4, 3)
+    assert macs_by_weight(net, (torch.zeros(2, 4),)) == {"": 24, "weight": 24}
+    assert net.anchors is None
+    net(torch.zeros(2, 4))
+    macs_by_weight(net, (torch.zeros(2, 4),))
+    assert net.anchors.device.type == "cpu"
