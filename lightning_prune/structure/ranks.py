@@ -231,7 +231,7 @@ def allocate(layers: Sequence[Factorable], wish: Wish, now: float, dense: float)
     for place, mine in enumerate(picks):
         spare = room - sum(costs[i][pick] for i, pick in enumerate(picks)) + costs[place][mine]
         fitting = [i for i, cost in enumerate(costs[place]) if cost <= spare]
-        picks[place] = min(fitting, key=lambda i, lost=losses[place]: lost[i])
+        picks[place] = min(fitting, key=losses[place].__getitem__)
     chosen = zip(free, (table[i][pick] for i, pick in enumerate(picks)), strict=True)
     return {layer.name: ranks for layer, ranks in chosen if ranks is not None}
 

@@ -14,6 +14,7 @@ PACKAGE = Path(lightning_prune.__file__).parent
 LAYERS = {
     "errors": 0,
     "_lightning": 0,
+    "runtime": 0,
     "schedules": 1,
     "guarding": 1,
     "selection": 1,
