@@ -15,6 +15,7 @@ from lightning_prune.deploy.profile import Profile
 from lightning_prune.deploy.quantize import Quantize
 from lightning_prune.exporting import export
 from lightning_prune.loading import PrunedLoading, load_pruned
+from lightning_prune.portable import load_state, save_state
 from lightning_prune.schedules import Schedule
 from lightning_prune.sparsity.training import SparseTraining
 from lightning_prune.structure.budget import Budget
@@ -40,5 +41,7 @@ __all__ = [
     "__version__",
     "export",
     "load_pruned",
+    "load_state",
+    "save_state",
     "low_rank",
 ]

@@ -29,6 +29,7 @@ LAYERS = {
     "_quantizing": 4,
     "exporting": 4,
     "loading": 4,
+    "portable": 4,
     "callbacks": 5,
     "_bundle_commands": 6,
     "_commands": 6,

@@ -19,6 +19,8 @@ EXPECTED = {
     "__version__",
     "export",
     "load_pruned",
+    "load_state",
+    "save_state",
     "low_rank",
 }
 
