@@ -15,6 +15,7 @@ from lightning_prune.cost import copied, countable, skeleton
 from lightning_prune.errors import TracingError
 from lightning_prune.structure.grouping import OUTPUT, groups_of
 from lightning_prune.structure.groups import Group
+from lightning_prune.structure.layers import is_layer
 from lightning_prune.structure.modes import running
 from lightning_prune.structure.provenance import (
     DATA,
@@ -85,7 +86,7 @@ def _pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, s
     follower = Follower(record, RULES, other)
     for name, tensor in state.items():
         if tensor.is_floating_point() or tensor.is_complex():
-            label(follower, name, tensor)
+            label(follower, name, tensor, certain=is_layer(module.get_submodule(name.rpartition(".")[0])))
         else:
             follower.known[tensor] = Labels(kept=True)
     align_recurrent(module, follower, state)

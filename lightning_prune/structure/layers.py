@@ -76,7 +76,7 @@ _KINDS: tuple[tuple[Any, tuple[str, ...], Callable[[Any, Shapes], Attributes]], 
         lambda norm, shapes: {"num_features": _NORM_WIDTH(shapes)},
     ),
     (
-        nn.LayerNorm,
+        (nn.LayerNorm, nn.RMSNorm),
         ("normalized_shape",),
         lambda norm, shapes: {"normalized_shape": (*norm.normalized_shape[:-1], _NORM_WIDTH(shapes))},
     ),
@@ -215,6 +215,16 @@ def attributes_after(module: nn.Module, shapes: Shapes) -> Attributes:
     return {}
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Tell whether a module is one of PyTorch's layers, or a kind of one.
+
+    Example:
+        >>> is_layer(nn.Linear(1, 1)), is_layer(type("Block", (nn.Module,), {})())
+        (True, False)
+    """
+    return type(module).__module__.startswith("torch.nn.") or any(isinstance(module, k) for k, *_ in _KINDS)
+
+
 def is_masked_norm(module: nn.Module) -> bool:
     """Tell whether a layer normalises over its channels, so that the rest is normalised anew when some go.
 
@@ -222,19 +232,8 @@ def is_masked_norm(module: nn.Module) -> bool:
         >>> [is_masked_norm(norm) for norm in (nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.GroupNorm(1, 4))]
         [True, False, True]
     """
-    return isinstance(module, nn.LayerNorm) or (isinstance(module, nn.GroupNorm) and module.num_groups == 1)
-
-
-def channel_dim(norm: nn.Module) -> int:
-    """Say along which dimension of its input a normalisation over channels finds them.
-
-    Example:
-        >>> channel_dim(nn.LayerNorm(4))
-        -1
-    """
-    # Subclasses for (batch, channel, ...) inputs, as torchvision's, have a forward of their own.
-    usual = isinstance(norm, nn.LayerNorm) and type(norm).forward is nn.LayerNorm.forward
-    return -1 if usual else 1
+    whole = isinstance(module, nn.GroupNorm) and module.num_groups == 1
+    return whole or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
 
 
 def is_parametrized(module: nn.Module) -> bool:

@@ -83,7 +83,7 @@ class Record:
         made: Labels of weights that make channels.
         balanced: `(labels in order, runs)`: every run must keep equally many.
         demands: Numbers that must come out right after a cut, as `structure.sizes.Demand`s.
-        guesses: Labels of tensors made on the way, which may turn out to be channels.
+        guesses: Labels of what is no layer's: a view that lays them over others' drops them.
         events: The operators that found something out.
         results: The events that the network's outputs, and whatever outlives a pass, came from.
     """
@@ -103,6 +103,12 @@ class Record:
     def mark(self) -> tuple[int, ...]:
         """Say how much was found out so far."""
         return tuple(len(found) for found in self._found())
+
+    def rewind(self, since: tuple[int, ...]) -> None:
+        """Forget what was found out since a mark."""
+        for found, length in zip(self._found(), since, strict=True):
+            del found[length:]
+        self.events = [e for e in self.events if all(e.found[at][1] <= n for at, n in enumerate(since))]
 
     def _found(self) -> tuple[list[Any], ...]:
         return self.pairs, self.pins, self.read, self.made, self.balanced, self.demands
@@ -174,7 +180,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return bool(self.record.guesses) and int(factor.max()) in self.record.guesses
 
     def _certain(self, factors: list[Tensor]) -> list[Tensor]:
-        """Drop labels that only a number gave, where a view has mixed them with others."""
+        """Drop labels that may be no channels, where a view has laid them over others."""
         if len(factors) < 2 or not self.record.guesses:
             return factors
         guessed = [self._guessed(factor) for factor in factors]
@@ -303,14 +309,23 @@ def varying(factor: Tensor) -> list[int]:
     return [dim for dim, size in enumerate(factor.shape) if size > 1]
 
 
-def label(follower: Follower, name: str, tensor: Tensor) -> None:
-    """Give a parameter or buffer labels of its own, for every dimension that could shrink."""
+def label(follower: Follower, name: str, tensor: Tensor, *, certain: bool = True) -> None:
+    """Give a parameter or buffer labels of its own, for every dimension that could shrink.
+
+    Args:
+        follower: What carries them.
+        name: The tensor's qualified name.
+        tensor: The tensor.
+        certain: Whether it is a layer's, and its dimensions are channels. Others may be tokens or places,
+            which do not shrink but by what they meet.
+    """
     factors = []
     for dim, size in enumerate(tensor.shape):
         if size > 1:
-            factors.append(
-                new_labels(follower.record, name, dim, size).view(shape_at(dim, tensor.dim(), size))
-            )
+            labels = new_labels(follower.record, name, dim, size)
+            factors.append(labels.view(shape_at(dim, tensor.dim(), size)))
+            if not certain:
+                follower.record.guesses |= set(labels.tolist())
     follower.give(tensor, factors, PARAMETER)
     follower.of(tensor).kept = True
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structure.layers import own_widths
+from lightning_prune.structure.products import layer_norm
 from lightning_prune.structure.provenance import (
     WILD,
     Follower,
@@ -177,7 +178,10 @@ class Watcher(TorchFunctionMode):
     ) -> Any:
         """Run the function, then its rule."""
         kwargs = dict(kwargs or {})
+        since = self.record.mark()
         out = func(*args, **kwargs)
+        if func is torch.nn.functional.rms_norm:
+            return self._rms_norm(out, since, *args, **kwargs)
         if getattr(func, "__self__", None) is _SHAPE:
             return self._sized(args[0], out)
         name = getattr(func, "__name__", "")
@@ -192,6 +196,22 @@ class Watcher(TorchFunctionMode):
             rule(self, args, kwargs, out)
             if self.record.mark() != since:
                 self.follower.found(tensors_in(out), since)
+        return out
+
+    def _rms_norm(
+        self,
+        out: Tensor,
+        since: tuple[int, ...],
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        """By its operators it mixes its channels; as a layer, what stays is normalised anew."""
+        self.record.rewind(since)
+        layer_norm(self.follower, None, (input, normalized_shape, weight, None), {}, out)
+        read = [self.follower.of(t).event for t in (input, weight) if t is not None]
+        self.follower.of(out).event = self.record.event(since, read)
         return out
 
     def _sized(self, tensor: Tensor, shape: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_prune.cost import copied, countable, skeleton
 from lightning_prune.structure.graph import leaves_of
 from lightning_prune.structure.groups import Group, Member
-from lightning_prune.structure.layers import attributes_of, channel_dim, is_masked_norm
+from lightning_prune.structure.layers import attributes_of, is_masked_norm
 from lightning_prune.structure.modes import modes, running
 from lightning_prune.structure.surgery import apply, change_for, get_tensor
 
@@ -296,16 +296,14 @@ def _silence(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tens
                 continue
             if member.reads:
                 get_tensor(module, member.tensor).index_fill_(member.dim, gone, 0.0)
-            owner = (
-                member.tensor.rstrip("#") if member.tensor.endswith("#") else member.tensor.rpartition(".")[0]
-            )
+            if "@" in member.tensor:
+                continue
+            owner = member.tensor.rstrip("#") if "#" in member.tensor else member.tensor.rpartition(".")[0]
             if is_masked_norm(module.get_submodule(owner)):
                 width = _width(module, member)
                 stay.setdefault(owner, torch.ones(width, dtype=torch.bool))[gone] = False
     for name, mask in stay.items():
-        norm = module.get_submodule(name)
-        everywhere = isinstance(norm, nn.GroupNorm)
-        norm.register_forward_hook(_masked_norm(mask, channel_dim(norm), everywhere=everywhere))
+        module.get_submodule(name).register_forward_hook(_masked_norm(mask))
 
 
 def _width(module: nn.Module, member: Member) -> int:
@@ -315,19 +313,32 @@ def _width(module: nn.Module, member: Member) -> int:
     return width if isinstance(width, int) else width[-1]
 
 
-def _masked_norm(mask: Tensor, dim: int, *, everywhere: bool) -> Any:
+def _masked_norm(mask: Tensor) -> Any:
     """Replace a normalisation over channels (or over all but the batch) by the same over what stays."""
 
     def hook(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        x = inputs[0].movedim(dim, -1)
-        dims = tuple(range(1, x.dim())) if everywhere else (-1,)
-        rows = x[..., mask]
-        y = (x - rows.mean(dims, keepdim=True)) * (
-            rows.var(dims, unbiased=False, keepdim=True) + layer.eps
-        ).rsqrt()
-        y = y if getattr(layer, "weight", None) is None else y * layer.weight
-        y = y if getattr(layer, "bias", None) is None else y + layer.bias
-        masked: Tensor = y.movedim(-1, dim)
-        return masked
+        x = inputs[0]
+        for dim in (1,) if isinstance(layer, nn.GroupNorm) else (-1, 1):
+            # A kind of layer of the user's may find its channels elsewhere, and do more than normalise.
+            if x.shape[dim] == len(mask):
+                whole = _normalised(layer, x, torch.ones_like(mask), dim)
+                if torch.allclose(whole, output, rtol=1e-3, atol=1e-3):
+                    return _normalised(layer, x, mask, dim)
+        return output
 
     return hook
+
+
+def _normalised(layer: Any, x: Tensor, mask: Tensor, dim: int) -> Tensor:
+    x = x.movedim(dim, -1)
+    dims = tuple(range(1, x.dim())) if isinstance(layer, nn.GroupNorm) else (-1,)
+    rows = x[..., mask]
+    eps = torch.finfo(x.dtype).eps if layer.eps is None else layer.eps
+    if isinstance(layer, nn.RMSNorm):
+        y = x * (rows.square().mean(dims, keepdim=True) + eps).rsqrt()
+    else:
+        spread = rows.var(dims, unbiased=False, keepdim=True)
+        y = (x - rows.mean(dims, keepdim=True)) * (spread + eps).rsqrt()
+    y = y if getattr(layer, "weight", None) is None else y * layer.weight
+    y = y if getattr(layer, "bias", None) is None else y + layer.bias
+    return y.movedim(-1, dim)

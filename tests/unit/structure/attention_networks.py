@@ -23,11 +23,11 @@ class Block(nn.Module):
 class Tower(nn.Module):
     """An embedding, blocks, a norm and a head, over (batch, tokens, 12)."""
 
-    def __init__(self, make, depth: int = 2, dim: int = 32) -> None:
+    def __init__(self, make, depth: int = 2, dim: int = 32, norm=nn.LayerNorm) -> None:
         super().__init__()
         self.embed = nn.Linear(12, dim)
         self.blocks = nn.Sequential(*(Block(make(), dim) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 3)
+        self.norm, self.head = norm(dim), nn.Linear(dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.embed(x))).mean(1))

@@ -41,7 +41,7 @@ def masked(dense: nn.Module, change: Change) -> nn.Module:
                     )
                     if read is not None:
                         weight.index_fill_(1, read.nonzero().flatten(), 0.0)
-            elif isinstance(layer, nn.LayerNorm) or (
+            elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) or (
                 isinstance(layer, nn.GroupNorm) and layer.num_groups == 1
             ):
                 lost = gone(change, f"{prefix}weight", 0, layer.weight.numel())
@@ -51,7 +51,8 @@ def masked(dense: nn.Module, change: Change) -> nn.Module:
 
 
 def _norm_without(layer: nn.Module, stay: Tensor):
-    first = isinstance(layer, nn.GroupNorm) or type(layer).forward is not nn.LayerNorm.forward
+    kinds = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    first = isinstance(layer, nn.GroupNorm) or type(layer).forward not in kinds
 
     def forward(x: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -65,6 +66,10 @@ def _norm_without(layer: nn.Module, stay: Tensor):
                 y = y.movedim(-1, 1)
             return out.index_copy(1, stay.nonzero().flatten(), y)
         rows = x[..., stay]
+        if isinstance(layer, nn.RMSNorm):
+            return out.index_copy(
+                -1, stay.nonzero().flatten(), F.rms_norm(rows, rows.shape[-1:], layer.weight[stay], layer.eps)
+            )
         y = F.layer_norm(rows, rows.shape[-1:], layer.weight[stay], layer.bias[stay], layer.eps)
         return out.index_copy(-1, stay.nonzero().flatten(), y)
 

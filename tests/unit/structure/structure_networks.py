@@ -603,6 +603,9 @@ CASES |= {
     "distilbert": Case(tower(attentions.Distil), tokens, parts_of("attention.q_lin")),
     "grouped queries": Case(tower(attentions.Grouped), tokens, parts_of("attention.q")),
     "windows": Case(tower(attentions.Window), lambda: torch.randn(2, 16, 12), parts_of()),
+    "rms norm": Case(
+        lambda: attentions.Tower(attentions.Einsum, norm=nn.RMSNorm), tokens, parts_of("attention.q")
+    ),
     "attention by einsum": Case(tower(attentions.Einsum), tokens, parts_of("attention.q")),
     "torch attention": Case(tower(attentions.Torch), tokens, parts_of(_TORCH)),
     "torch attention with everything": Case(
