@@ -111,9 +111,8 @@ class _Round(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         scale, zero = scale.to(wide), zero.to(wide)
         steps = wide / scale
-        rounded = torch.round(steps)
-        whole = (rounded + zero).clamp(grid.low, grid.high) - zero
-        inside = whole == rounded
+        whole = (torch.round(steps) + zero).clamp(grid.low, grid.high) - zero
+        inside = (steps >= grid.low - zero) & (steps <= grid.high - zero)
         error = None
         if ctx.needs_input_grad[1]:
             error = torch.where(inside, whole - steps, whole)
