@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from lightning_prune.callbacks.accuracy_guard import AccuracyGuard
 from lightning_prune.callbacks.after_pruning import AfterPruning
 from lightning_prune.callbacks.edge_export import EdgeExport
+from lightning_prune.callbacks.elastic_family import ElasticFamily
 from lightning_prune.callbacks.layer_pruning import LayerPruning
 from lightning_prune.callbacks.low_rank import LowRank, low_rank
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
@@ -27,6 +28,7 @@ __all__ = [
     "AfterPruning",
     "Budget",
     "EdgeExport",
+    "ElasticFamily",
     "LayerPruning",
     "LowRank",
     "MagnitudePruning",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lightning_prune.deploy.profile import ProfileResult, profile_files
 from lightning_prune.deploy.runtime import Feed, open_session, to_feed
 from lightning_prune.deploy.tree import flatten
 from lightning_prune.errors import ConfigurationError, ProfileError, TracingError
+from lightning_prune.report.family import write_family
 from lightning_prune.report.results import Report
 
 Progress = Callable[[str, float], None]
@@ -64,7 +66,8 @@ def run(task: Task, progress: Progress | None = None) -> Report:
         profile, reason = _profile(task, made, inputs, tell)
         report = assemble(task, made, profile, reason)
         write_report(report, stage)
-        write_bundle(stage, {v.name: v.file for v in report.variants}, inputs, batched)
+        also = write_family(report, stage) if task.family else ()
+        write_bundle(stage, {v.name: v.file for v in report.variants}, inputs, batched, also)
         kept = {p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file()}
     remove_stale(dirpath, before - kept)
     return report
@@ -198,7 +201,13 @@ def _count(loaders: Any, limit: int | float) -> int:
 
 
 def _quantize(task: Task, made: dict[str, Made], stage: Path, tell: Progress) -> None:
-    source = list(made)[-1]
+    last = list(made)[-1]
+    for source in list(made) if task.family else [last]:
+        # What training in 8 bits found out is of the last network only.
+        _quantize_one(task if source == last else replace(task, trained=None), made, source, stage, tell)
+
+
+def _quantize_one(task: Task, made: dict[str, Made], source: str, stage: Path, tell: Progress) -> None:
     name = f"{source}.int8"
     tell(f"quantize {name}", 0.0)
     made[name] = quantized(

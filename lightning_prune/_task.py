@@ -54,6 +54,7 @@ class Task:
         pruning: What was pruned, for the report.
         training: Curves of the fit, for the report.
         warnings: Sentences for the reader of the report.
+        family: Whether each variant is quantized, and told about in `elastic.json`, for `ElasticSession`.
         trained: What a `QuantizationAwareTraining` left behind, its state; None without one.
     """
 
@@ -69,6 +70,7 @@ class Task:
     training: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     trained: Mapping[str, Any] | None = None
+    family: bool = False
 
 
 @dataclass

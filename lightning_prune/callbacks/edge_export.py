@@ -224,9 +224,11 @@ class EdgeExport(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pruned: Any = _bare_copy(pl_module)
+        families = [c for c in trainer.callbacks if hasattr(c, "networks")]  # type: ignore[attr-defined]
         modules = {"pruned": pruned} if self._kept or self._pruned() else {"dense": pruned}
+        members = {name: net for family in families for name, net in family.networks(pruned).items()}
         if self._kept:
-            modules = {"dense": dense_of(pruned, self._kept), **modules}
+            modules = {"dense": dense_of(pruned, self._kept), **members, **modules}
         pruning: dict[str, Any] = {"callbacks": self._pruning()}
         warnings: list[str] = []
         if self._kept:
@@ -250,6 +252,7 @@ class EdgeExport(Callback):
             training={"curves": self._curves},
             warnings=tuple(warnings),
             trained=_trained(trainer),
+            family=bool(families),
         )
         shown = trainer.progress_bar_callback is not None
         with progress_bar() if shown else nullcontext(None) as progress:

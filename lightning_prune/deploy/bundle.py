@@ -37,7 +37,11 @@ FLOAT_TOLERANCE, INTEGER_TOLERANCE = 1e-3, 5e-2
 
 
 def write_bundle(
-    dirpath: str | Path, models: Mapping[str, str], inputs: Feed, batched: Sequence[str]
+    dirpath: str | Path,
+    models: Mapping[str, str],
+    inputs: Feed,
+    batched: Sequence[str],
+    also: Sequence[str] = (),
 ) -> Path:
     """Make a bundle of a directory that holds models: samples, runner and manifest.
 
@@ -46,6 +50,7 @@ def write_bundle(
         models: The file name of each variant, the baseline first.
         inputs: Real inputs by name, shape (samples, ...) for those that have a batch.
         batched: The inputs whose first axis is the batch.
+        also: Other files of the directory that belong to the bundle.
 
     Returns:
         The path of the manifest.
@@ -73,7 +78,7 @@ def write_bundle(
     write_whole(folder / SAMPLES, buffer.getvalue())
     write_whole(folder / RUNNER, Path(bundle_runner.__file__).read_bytes())
     facts = {"variants": variants, "batched_inputs": list(batched)}
-    return write_manifest(folder, facts, [*_files_of(variants), SAMPLES, RUNNER])
+    return write_manifest(folder, facts, [*_files_of(variants), SAMPLES, RUNNER, *also])
 
 
 def _files_of(variants: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -13,6 +13,7 @@ from lightning_prune.report.classes import class_table
 from lightning_prune.report.layers import layer_table
 from lightning_prune.report.measures import column_rows, missing, rows
 from lightning_prune.report.observations import faster, remarks
+from lightning_prune.report.pareto import front
 from lightning_prune.report.protocol import profile_sentence
 from lightning_prune.report.results import Report, Variant
 from lightning_prune.report.search import TITLE, searches
@@ -162,6 +163,7 @@ def _context(report: Report) -> dict[str, Any]:
         "notes": missing(report),
         "protocol": profile_sentence(report),
         "noisy": bool(report.profile.get("noisy")),
+        "front": front(report),
         "latency_bars": charts.latency_bars(report),
         "dots": dots,
         "dot_ticks": dot_ticks,

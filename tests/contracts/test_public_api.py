@@ -5,6 +5,7 @@ EXPECTED = {
     "AfterPruning",
     "Budget",
     "EdgeExport",
+    "ElasticFamily",
     "LayerPruning",
     "LowRank",
     "MagnitudePruning",

@@ -128,7 +128,8 @@ def test_pressure_has_to_pass_a_border_by_a_band(pressure, current, expected):
     "arguments",
     [
         {"target_ms": 0}, {"target_ms": math.nan}, {"target_ms": math.inf}, {"up": 1.0}, {"up": 0},
-        {"band": 0.5}, {"dwell_s": -1}, {"dwell_s": math.nan}, {"window": 0}, {"window": 2.5}, {"quantile": 1.1},
+        {"band": 0.5}, {"dwell_s": -1},
+        {"dwell_s": math.nan}, {"window": 0}, {"window": 2.5}, {"quantile": 1.1},
     ],
     ids=str,
 )  # fmt: skip
