@@ -242,12 +242,21 @@ class QuantizationAwareTraining(Callback):
             match_names(names, self.include, self.exclude, _OWNER)
         self._timeline = _clock.plan(trainer, pl_module, self._schedule)
         self._log_due = True
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Round if it had begun before; a resumed fit with nothing left to do gets no further than this."""
         if self.began:
             self._start(pl_module)
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module back, until the training starts."""
+        self._stop()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure that the steps call the network."""
-        if trainer.is_global_zero and not self.began:
+        """Go on rounding if it had begun before; else make sure that the steps call the network."""
+        if self.began:
+            self._start(pl_module)
+        elif trainer.is_global_zero:
             root = self._network.root
             if observed_call(trainer, pl_module, root) is None:
                 what = f"the submodule {root!r}" if root else "the module itself"

@@ -169,7 +169,7 @@ def quantize_file(
     import onnx
 
     source, destination = Path(source), Path(destination)
-    nodes = sorted({*_matching(source, config.exclude), *exclude_nodes})
+    nodes = sorted({*matching_nodes(source, config.exclude), *exclude_nodes})
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=destination.parent) as scratch, _quiet():
         part = Path(scratch) / "quantized.onnx"
         try:
@@ -201,8 +201,19 @@ def quantize_file(
     )  # fmt: skip
 
 
-def _matching(source: Path, globs: Sequence[str]) -> list[str]:
-    """Return the nodes whose own name, or whose weight's layer, matches one of the globs."""
+def matching_nodes(source: str | Path, globs: Sequence[str]) -> list[str]:
+    """Find the nodes whose own name, or whose weight's layer, matches one of the globs.
+
+    Args:
+        source: A float ONNX file.
+        globs: What to look for, as in `Quantize(exclude=...)`.
+
+    Returns:
+        The names of the nodes.
+
+    Raises:
+        QuantizationError: A glob matches nothing.
+    """
     layers = layers_of(source)
     found = []
     for pattern in globs:
