@@ -24,8 +24,9 @@ from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.confusion import Confusion
 from lightning_prune.deploy.evaluate import cpu_trainer, evaluate_file, has_data, quiet_lightning
 from lightning_prune.deploy.files import check_writable, remove_stale, staged
+from lightning_prune.deploy.interface import has_batch
 from lightning_prune.deploy.loaders import batches_in_turn, captured_calls, leaves_of
-from lightning_prune.deploy.onnx import Onnx, batch_size, export_onnx, has_batch, with_batch_of_two
+from lightning_prune.deploy.onnx import Onnx, example_of, export_onnx
 from lightning_prune.deploy.parity import check_parity, resized
 from lightning_prune.deploy.profile import ProfileResult, profile_files
 from lightning_prune.deploy.runtime import Feed, open_session, to_feed
@@ -92,7 +93,7 @@ def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:
     calls = example_calls(module, task.submodule, task.data, task.onnx.example_input)
     exported = export_onnx(target, stage / f"{name}.onnx", *calls[0], task.onnx)
     tell(f"export {name}", 0.7)
-    parity = check_parity(target, exported, calls)
+    parity = check_parity(target, exported, calls, axes=task.onnx.dynamic_axes)
     single = next(resized(calls[:1], exported.interface, (1,)))
     macs = cost.count_macs(target, *single)
     tell(f"export {name}", 1.0)
@@ -114,10 +115,10 @@ def try_export(module: Any, name: str | None, call: Call, options: Onnx) -> None
     """
     module.cpu().float().eval()
     target = submodule(module, name)
-    few = with_batch_of_two(*as_float(call))
+    few = example_of(*as_float(call), options)
     with untouched_rng(), quiet_lightning(), tempfile.TemporaryDirectory() as scratch:
         exported = export_onnx(target, Path(scratch) / "trial.onnx", *few, options)
-        check_parity(target, exported, [few])
+        check_parity(target, exported, [few], axes=options.dynamic_axes)
 
 
 def as_float(call: Call) -> Call:
@@ -225,7 +226,7 @@ def _samples(made: Mapping[str, Made]) -> tuple[Feed, list[str]]:
     first = next(iter(made.values()))
     face = first.exported.interface
     tensors = face.tensors(*first.calls[0])
-    size = batch_size(tensors)
+    size = face.batch(tensors)
     kept = [(face.inputs.names[i], tensors[i]) for i in face.kept]
     batched = [name for name, tensor in kept if size is not None and has_batch(tensor, size)]
     session = open_session(first.exported.path, threads=1)

@@ -22,6 +22,7 @@ class Interface:
         inputs: The structure of the arguments, by parameter name, defaults filled in.
         outputs: The structure of the result.
         kept: Which input tensors the file reads (an exporter drops those that the network ignores).
+        batched: Whether the first axis of the inputs is a batch of any size.
 
     Example:
         >>> net = nn.Linear(2, 3)
@@ -34,6 +35,7 @@ class Interface:
     inputs: Tree
     outputs: Tree
     kept: tuple[int, ...] = ()
+    batched: bool = True
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Interface:
@@ -86,11 +88,25 @@ class Interface:
             )
         return tensors
 
+    def batch(self, tensors: list[Tensor]) -> int | None:
+        """Return the batch's size in a call with these tensors; None if there is no batch."""
+        return batch_size(tensors) if self.batched else None
+
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and keyword arguments that hold these tensors."""
         bound = self.signature.bind_partial()
         bound.arguments.update(self.inputs.build(tensors))
         return bound.args, bound.kwargs
+
+
+def batch_size(tensors: list[Tensor]) -> int | None:
+    """Return the first axis of the first tensor that has one."""
+    return next((t.shape[0] for t in tensors if t.dim()), None)
+
+
+def has_batch(tensor: Tensor, size: int) -> bool:
+    """Tell whether a tensor's first axis is the batch."""
+    return tensor.dim() > 0 and tensor.shape[0] == size
 
 
 def _bound(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune.deploy.calls import Call, detached, untouched_rng
 from lightning_prune.deploy.capture import Rehearsal
-from lightning_prune.deploy.onnx import batch_size, has_batch
+from lightning_prune.deploy.interface import batch_size, has_batch
 from lightning_prune.deploy.tree import flatten
 
 SEED = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.deploy.calls import Call
 from lightning_prune.deploy.exporters import Flat, scripted, traced
 from lightning_prune.deploy.graph import describe_io, rename, strip
-from lightning_prune.deploy.interface import Interface
+from lightning_prune.deploy.interface import Interface, batch_size, has_batch
 from lightning_prune.deploy.storage import write_model
 from lightning_prune.deploy.tree import flatten
 from lightning_prune.errors import ConfigurationError, ExportError, MissingDependencyError, TracingError
@@ -32,6 +32,8 @@ class Onnx:
             module is called.
         legacy: Trace with TorchScript instead of `torch.export`: the way to export whole detection networks.
             Branches are frozen as the example took them.
+        dynamic_batch: Whether the first axis of the inputs is a batch of any size. False: the file takes the
+            sizes of the example, but for `dynamic_axes`; for networks that take a list of pictures.
         normalization: How inputs are prepared, as a note in the file: `"RGB, 0-1, mean 0.5, std 0.5"`.
         classes: Names of the classes, for the file and the report.
 
@@ -47,6 +49,7 @@ class Onnx:
     dynamic_axes: dict[str, dict[int, str]] = field(default_factory=dict)
     example_input: Any = None
     legacy: bool = False
+    dynamic_batch: bool = True
     normalization: str = ""
     classes: list[str] = field(default_factory=list)
 
@@ -120,8 +123,8 @@ def export_onnx(
     except ImportError as error:
         raise MissingDependencyError.of(error.name or "onnx", "ONNX export", "lightning-prune") from error
     module.eval().requires_grad_(False)
-    args, kwargs = with_batch_of_two(args, dict(kwargs or {}))
-    interface = Interface.of(module, args, kwargs)
+    args, kwargs = example_of(args, dict(kwargs or {}), options)
+    interface = replace(Interface.of(module, args, kwargs), batched=options.dynamic_batch)
     tensors = interface.tensors(args, kwargs)
     axes = _dynamic_axes(interface, tensors, options.dynamic_axes)
     flat = Flat(module, interface).eval()
@@ -140,6 +143,11 @@ def export_onnx(
     write_model(path, proto)
     onnx.checker.check_model(str(path))
     return Exported(Path(path), interface, found)
+
+
+def example_of(args: tuple[Any, ...], kwargs: dict[str, Any], options: Onnx) -> Call:
+    """Return the call that is exported: a batch of two, if there is a batch."""
+    return with_batch_of_two(args, kwargs) if options.dynamic_batch else (args, kwargs)
 
 
 def with_batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -162,16 +170,6 @@ def with_batch_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return result
 
 
-def batch_size(tensors: list[Tensor]) -> int | None:
-    """Return the first axis of the first tensor that has one."""
-    return next((t.shape[0] for t in tensors if t.dim()), None)
-
-
-def has_batch(tensor: Tensor, size: int) -> bool:
-    """Tell whether a tensor's first axis is the batch."""
-    return tensor.dim() > 0 and tensor.shape[0] == size
-
-
 def _dynamic_axes(
     interface: Interface, tensors: list[Tensor], extra: Mapping[str, Mapping[int, str]]
 ) -> list[dict[int, str]]:
@@ -179,7 +177,7 @@ def _dynamic_axes(
     if unknown:
         known = ", ".join(interface.inputs.names)
         raise TracingError(f"dynamic_axes names {unknown[0]!r}, which is no input; there are: {known}.")
-    size = batch_size(tensors)
+    size = interface.batch(tensors)
     result = []
     for name, tensor in zip(interface.inputs.names, tensors, strict=True):
         axes = dict(extra.get(name, {}))

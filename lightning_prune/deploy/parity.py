@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.deploy.calls import Call
-from lightning_prune.deploy.interface import Interface
-from lightning_prune.deploy.onnx import Exported, batch_size, has_batch
+from lightning_prune.deploy.interface import Interface, has_batch
+from lightning_prune.deploy.onnx import Exported
 from lightning_prune.deploy.runtime import OnnxModule
 from lightning_prune.deploy.tree import flatten
-from lightning_prune.errors import ParityError
+from lightning_prune.errors import LightningPruneError, ParityError
 
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
 """How far ONNX Runtime may be from PyTorch: `ABSOLUTE + RELATIVE * (largest magnitude of the output)`."""
 
 
 def check_parity(
-    module: nn.Module, exported: Exported, calls: Iterable[Call], *, strict: bool = True
+    module: nn.Module,
+    exported: Exported,
+    calls: Iterable[Call],
+    *,
+    strict: bool = True,
+    axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> dict[str, Any]:
     """Compare a file run by ONNX Runtime with the module it came from, on several batch sizes.
 
@@ -28,6 +33,8 @@ def check_parity(
         module: The module, on the CPU, in eval mode.
         exported: The file.
         calls: Real calls of the module; each is tried whole, cut to two samples and to one.
+        axes: Open axes besides the batch, by input: the first call is tried with half of each too, if the
+            module takes that.
         strict: Raise if they differ by more than the tolerance; otherwise report the difference only.
 
     Returns:
@@ -39,11 +46,21 @@ def check_parity(
     function = OnnxModule(exported.path, exported.interface)
     worst_abs = worst_rel = 0.0
     sizes = []
-    for call in resized(calls, exported.interface):
-        size = batch_size(exported.interface.tensors(*call))
+    calls = list(calls)
+    smaller = halved(module, calls[0], exported.interface, axes or {}) if calls else []
+    for call in (*resized(calls, exported.interface), *smaller):
+        size = exported.interface.batch(exported.interface.tensors(*call))
         with torch.no_grad():
             expected = flatten(module(*call[0], **call[1]))[0]
-        actual = flatten(function(*call[0], **call[1]))[0]
+        try:
+            actual = flatten(function(*call[0], **call[1]))[0]
+        except LightningPruneError:
+            raise
+        except Exception as error:
+            shapes = [tuple(t.shape) for t in exported.interface.tensors(*call)]
+            raise ParityError(
+                f"{exported.path.name}: ONNX Runtime fails on inputs {shapes}, PyTorch does not: {error}"
+            ) from error
         for name, left, right in zip(exported.interface.outputs.names, expected, actual, strict=True):
             distance, scale = _distance(left, right)
             worst_abs = max(worst_abs, distance)
@@ -54,7 +71,7 @@ def check_parity(
                     f"{size}, where {ABSOLUTE + RELATIVE * scale:.3g} is allowed. A module that draws random "
                     "numbers in eval mode, or whose path depends on the values, cannot be exported as it is."
                 )
-        sizes.append(size)
+        sizes += [size] if size is not None else []
     return {
         "max_abs": worst_abs,
         "max_rel": worst_rel,
@@ -79,7 +96,7 @@ def resized(
     done: set[int] = set()
     for args, kwargs in calls:
         tensors = interface.tensors(args, kwargs)
-        size = batch_size(tensors)
+        size = interface.batch(tensors)
         if size is None:
             yield args, kwargs
             continue
@@ -88,6 +105,25 @@ def resized(
                 continue
             done.add(size if wanted is None else wanted)
             yield interface.arguments([t[:wanted] if has_batch(t, size) else t for t in tensors])
+
+
+def halved(
+    module: nn.Module, call: Call, interface: Interface, axes: Mapping[str, Mapping[int, str]]
+) -> list[Call]:
+    """Return a call with its open axes cut to half their size; none if the module does not take that."""
+    if not any(axes.values()):
+        return []
+    tensors = interface.tensors(*call)
+    for place, name in enumerate(interface.inputs.names):
+        for axis in axes.get(name, {}):
+            tensors[place] = tensors[place].narrow(axis, 0, max(1, tensors[place].shape[axis] // 2))
+    smaller = interface.arguments(tensors)
+    try:
+        with torch.no_grad():
+            module(*smaller[0], **smaller[1])
+    except Exception:  # noqa: BLE001 (pictures whose sides must be multiples of 32, and the like)
+        return []
+    return [smaller]
 
 
 def _distance(left: Tensor, right: Tensor) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def test_every_model_of_the_export_has_its_weights_beside_it(made):
     assert [v.name for v in report.variants] == ["dense", "dense.int8"]
     for variant in report.variants:
         parts = parts_of(folder / variant.file)
-        assert len(parts) == 2 or variant.quantization
+        assert len(parts) == 2
         assert variant.bytes == sum(part.stat().st_size for part in parts)
         assert variant.latency_ms is not None
         assert variant.peak_memory_bytes is not None

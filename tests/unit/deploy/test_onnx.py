@@ -150,6 +150,59 @@ def test_a_network_whose_output_size_depends_on_the_data_goes_through_the_legacy
         assert text not in exported.path.read_bytes()
 
 
+class Detections(nn.Module):
+    """Takes a list of pictures, as torchvision's detection networks do, and gives a dict for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.detector = Detector()
+
+    def forward(self, images):
+        return [self.detector(image[None]) for image in images]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_network_that_takes_a_list_of_pictures_has_no_batch(count, tmp_path):
+    torch.manual_seed(0)
+    net = Detections().eval()
+    options = Onnx(legacy=True, dynamic_batch=False, dynamic_axes={"images_0": {1: "height", 2: "width"}})
+    call = (([torch.randn(3, 8, 12) for _ in range(count)],), {})
+    exported = export_onnx(net, tmp_path / "d.onnx", *call, options)
+    parity = check_parity(net, exported, [call], axes=options.dynamic_axes)
+    assert parity["batches"] == []
+    opened = session(exported.path)
+    assert opened.get_inputs()[0].shape == [3, "height", "width"]
+    names = [f"{name}" for i in range(count) for name in (f"output_{i}_boxes", f"output_{i}_scores")]
+    assert [o.name for o in opened.get_outputs()] == names
+    other = [torch.randn(3, 16, 10), torch.randn(3, 8, 12)][:count]
+    (got, *_), (expected, *_) = OnnxModule(exported.path, exported.interface)(other), net(other)
+    assert torch.allclose(got["boxes"], expected["boxes"], atol=1e-5)
+    assert len(got["scores"]) > 3
+
+
+def test_an_open_axis_that_the_file_has_frozen_is_found_by_parity(tmp_path):
+    """Traced, the count of rows becomes a number, and no batch size would show it."""
+
+    class Frozen(nn.Module):
+        def forward(self, x):
+            return x.reshape(x.shape[0], int(x.shape[1]) * x.shape[2]) * float(x.shape[1])
+
+    options = Onnx(legacy=True, dynamic_axes={"x": {1: "rows"}})
+    call = ((torch.randn(2, 6, 3),), {})
+    exported = export_onnx(Frozen(), tmp_path / "f.onnx", *call, options)
+    assert check_parity(Frozen(), exported, [call])["max_abs"] < 1e-5
+    with pytest.raises(ParityError, match=r"ONNX Runtime fails on inputs \[\(2, 3, 3\)\]|differs from"):
+        check_parity(Frozen(), exported, [call], axes=options.dynamic_axes)
+
+
+def test_half_of_an_open_axis_that_the_network_refuses_is_not_tried(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten(2))
+    options = Onnx(dynamic_axes={"input": {2: "h", 3: "w"}})
+    call = ((torch.randn(2, 3, 8, 8),), {})
+    exported = export_onnx(net, tmp_path / "c.onnx", *call, options)
+    assert check_parity(net, exported, [call], axes=options.dynamic_axes)["batches"] == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
