@@ -380,3 +380,22 @@ def test_the_file_alone_works_without_this_package_or_torch(family, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "1.0"
+
+
+PACKAGE = """
+import sys
+for name in ("torch", "pytorch_lightning", "lightning", "onnx", "yaml", "rich"):
+    sys.modules[name] = None
+import numpy as np
+from lightning_prune.runtime import ElasticSession
+with ElasticSession(sys.argv[1]) as session:
+    print(float(session.run(None, {"x": np.ones((1, 4), np.float32)})[0][0, 0]))
+"""
+
+
+def test_the_package_gives_it_where_torch_is_not_installed(family):
+    done = subprocess.run(
+        [sys.executable, "-c", PACKAGE, str(family)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "1.0"
