@@ -19,10 +19,13 @@ from lightning_prune.callbacks.layer_pruning import LayerPruning
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.cost import count_parameters
+from lightning_prune.deploy.calls import submodule
 from lightning_prune.deploy.files import write_whole
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.errors import BudgetError, ConfigurationError
-from lightning_prune.exporting import export
+from lightning_prune.exporting import export, loaded
+from lightning_prune.loading import read_checkpoint
+from lightning_prune.portable import save_state
 from lightning_prune.report.compare import compare_files, print_comparison
 from lightning_prune.report.profiled import profile_report
 from lightning_prune.report.table import print_table
@@ -44,6 +47,7 @@ class Commands:
         datamodule: Any = None,
         ckpt_path: str | None = None,
         dirpath: str | None = None,
+        state_dict: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Export, quantize, evaluate and profile a trained network.
@@ -55,11 +59,17 @@ class Commands:
             datamodule: Gives validation and training data.
             ckpt_path: The checkpoint to export, dense or pruned.
             dirpath: Where the files go, instead of where the config's `EdgeExport` puts them.
+            state_dict: Write the network there (`small.pt`) as a state dict for plain PyTorch, and no more.
             weights_only: Has no effect: a checkpoint is always read so.
         """
         if ckpt_path is None:
             raise ConfigurationError.of("export", "ckpt_path", "a checkpoint", None, "add --ckpt_path FILE")
         how = next((c for c in self.callbacks if isinstance(c, EdgeExport)), None) or EdgeExport()
+        if state_dict is not None:
+            trained = loaded(model, read_checkpoint(ckpt_path), ckpt_path)
+            target = save_state(submodule(trained, how.module, "export"), state_dict)
+            Console().print(f"Written: {target}", highlight=False)
+            return
         with progress_bar() as tell:
             report = export(
                 model,

@@ -111,3 +111,20 @@ def test_inspect_lists_the_blocks_and_the_fit_ends_with_what_became_of_them(tmp_
     ended = run(tmp_path, "-W", "ignore", "-m", "lightning_prune", "fit", "--config", "config.yaml")
     for words in ("smallest possible", "1 of 4 blocks stay intact", "stays (it is not selected)", "of dense"):
         assert words in ended
+
+
+def test_the_command_writes_a_state_dict_that_plain_torch_loads(tmp_path):
+    write(tmp_path, "import pytorch_lightning as L", "2")
+    with (tmp_path / "config.yaml").open("a") as config:
+        config.write("model: net.Net\n")
+    run(tmp_path, "-W", "ignore", "-m", "lightning_prune", "fit", "--config", "config.yaml")
+    (path,) = (str(found) for found in tmp_path.rglob("*.ckpt"))
+    words = ("export", "--config", "config.yaml", "--ckpt_path", path, "--state_dict", "small.pt")
+    assert "small.pt" in run(tmp_path, "-W", "ignore", "-m", "lightning_prune", *words)
+    program = (
+        "import torch; from net import Net; from small import load\n"
+        f"there = torch.load({path!r}, weights_only=True)['state_dict']\n"
+        "here = load(Net()).state_dict()\n"
+        "assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there)\n"
+    )
+    run(tmp_path, "-c", program)

@@ -119,14 +119,29 @@ def test_two_lines_load_it_without_this_package(pruned, saved):
 
 
 def test_heads_that_need_this_package_say_so(tmp_path):
-    class Free(nn.Linear):
-        pass
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.MultiheadAttention(8, 2, batch_first=True)
 
-    Free.__module__ = "lightning_prune.structure.heads"
-    path = save_state(nn.Sequential(Free(2, 2)), tmp_path / "small.pt")
-    with pytest.raises(ValueError, match="needs lightning_prune.load_state, for its Free"):
-        standalone.load(nn.Sequential(nn.Linear(2, 2)), path.with_suffix(""))
-    load_state(nn.Sequential(nn.Linear(2, 2)), path)
+        def forward(self, x):
+            return self.heads(x, x, x)[0]
+
+    net, x = Attention().eval(), torch.randn(1, 3, 8)
+    one_head = manifest.describe(net)
+    sizes = {"in_proj_weight": [12, 8], "in_proj_bias": [12], "out_proj.weight": [8, 4]}
+    one_head["tensors"].update({f"heads.{name}": size for name, size in sizes.items()})
+    one_head["attributes"]["heads"]["num_heads"] = 1
+    one_head["attributes"]["heads.out_proj"]["in_features"] = 4
+    manifest.reshape(net, one_head)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    path = save_state(net, tmp_path / "small.pt")
+    with pytest.raises(
+        ValueError, match=r"needs lightning_prune\.load_state.*FreeMultiheadAttention"
+    ):
+        standalone.load(Attention(), path.with_suffix(""))
+    assert torch.equal(load_state(Attention(), path).eval()(x), net(x))
 
 
 def edited(change):
