@@ -162,10 +162,11 @@ class Baton:
 
     Args:
         rounds: How many steps each makes. In every round the order is another.
+        variants: Their names.
     """
 
-    def __init__(self, rounds: int) -> None:
-        self.turns = [n for _ in range(rounds) for n in random.sample(STEP_VARIANTS, len(STEP_VARIANTS))]
+    def __init__(self, rounds: int, variants: tuple[str, ...] = STEP_VARIANTS) -> None:
+        self.turns = [n for _ in range(rounds) for n in random.sample(variants, len(variants))]
         self.position = 0
         self.changed = threading.Condition()
 
