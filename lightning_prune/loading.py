@@ -77,7 +77,7 @@ def load_pruned(module_class: type[ModuleT], path: str | Path, **kwargs: Any) ->
         )
     kwargs.setdefault("weights_only", True)
     checkpoint = read_checkpoint(path)
-    with _reshaping(_class_of(checkpoint, module_class)):
+    with _reshaping(_class_of(checkpoint, module_class), kwargs.get("strict")):
         module = module_class.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
     assert isinstance(module, module_class)
     return module
@@ -119,7 +119,7 @@ def _class_of(checkpoint: dict[str, Any], module_class: type) -> type:
 
 
 @contextmanager
-def _reshaping(module_class: Any) -> Iterator[None]:
+def _reshaping(module_class: Any, strict: bool | None) -> Iterator[None]:
     """Let the instances that a class makes meanwhile reshape themselves as they are loaded.
 
     An instance cannot be reached between its making and the strict load of its weights, but its class can.
@@ -128,7 +128,7 @@ def _reshaping(module_class: Any) -> Iterator[None]:
     usual = module_class.on_load_checkpoint
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        manifest.take_on(self, checkpoint)
+        manifest.take_on(self, checkpoint, strict)
         usual(self, checkpoint)
 
     with _LOCK:

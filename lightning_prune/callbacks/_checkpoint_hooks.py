@@ -73,7 +73,7 @@ def on_load_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> N
     if structure is not None:
         with suppress(RuntimeError):  # what `trainer` raises where there is none
             for average in averaged_modules(module.trainer):
-                manifest.reshape(average, structure)
+                manifest.reshape(average, structure, strict=manifest.is_strict(module))
     type(module).on_load_checkpoint(module, checkpoint)
 
 

@@ -8,7 +8,7 @@ holds whatever was done, in either direction.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def reshape(module: nn.Module, description: Mapping[str, Any]) -> None:
+def reshape(module: nn.Module, description: Mapping[str, Any], *, strict: bool = True) -> None:
     """Give a network the structure that was described, smaller or larger than its own.
 
     Tensors whose shape differs get new, uninitialised data, to be loaded next; the others keep theirs.
@@ -65,6 +65,7 @@ def reshape(module: nn.Module, description: Mapping[str, Any]) -> None:
     Args:
         module: The network, of the class and arguments that were described.
         description: What `describe` returned.
+        strict: Whether everything that is described must be there; if not, the rest is left out.
 
     Raises:
         CheckpointError: The description is malformed, or is of another network.
@@ -76,10 +77,15 @@ def reshape(module: nn.Module, description: Mapping[str, Any]) -> None:
         Linear(in_features=3, out_features=2, bias=True)
     """
     wanted = _read(description)
+    if not strict:
+        places = dict(module.named_modules())
+        wanted = replace(wanted, modules={n: spec for n, spec in wanted.modules.items() if n in places})
     trial = module
     if wanted.modules != specs(module):
         trial = skeleton(module)
         bring_in_line(trial, wanted.modules)
+    if not strict:
+        wanted = _known(trial, wanted)
     _check(trial, wanted)
     bring_in_line(module, wanted.modules)
     tensors = tensors_of(module)
@@ -147,12 +153,15 @@ def from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return structure
 
 
-def take_on(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+def take_on(
+    module: nn.Module, checkpoint: Mapping[str, Any], strict: bool | None = None
+) -> dict[str, Any] | None:
     """Give a network the structure of a checkpoint that is about to be loaded into it.
 
     Args:
         module: The network.
         checkpoint: The loaded checkpoint.
+        strict: As in `reshape`; None: as the module's `strict_loading` says, if it is a LightningModule.
 
     Returns:
         The description; None, and nothing is done, if the checkpoint carries none.
@@ -177,8 +186,18 @@ def take_on(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any] 
                 f"The checkpoint's {KEY!r} manifest does not describe its weights: it says that {name} is "
                 f"{list(shapes[name])}, and there it is {list(tensor.shape)}."
             )
-    reshape(module, structure)
+    reshape(module, structure, strict=is_strict(module) if strict is None else strict)
     return structure
+
+
+def is_strict(module: nn.Module) -> bool:
+    """Tell whether a module wants checkpoints to match it.
+
+    Example:
+        >>> is_strict(nn.Linear(1, 1))
+        True
+    """
+    return bool(getattr(module, "strict_loading", True))
 
 
 @dataclass(frozen=True)
@@ -211,6 +230,14 @@ def _read(description: Mapping[str, Any]) -> _Structure:
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
         raise CheckpointError("The structure in the checkpoint is malformed: a size is not a whole number.")
     return _Structure(shapes, attributes, modules)
+
+
+def _known(module: nn.Module, wanted: _Structure) -> _Structure:
+    """What of a structure a module has."""
+    tensors, layers = tensors_of(module), dict(module.named_modules())
+    shapes = {name: shape for name, shape in wanted.shapes.items() if name in tensors}
+    attributes = {name: values for name, values in wanted.attributes.items() if name in layers}
+    return replace(wanted, shapes=shapes, attributes=attributes)
 
 
 def _check(module: nn.Module, wanted: _Structure) -> None:
