@@ -192,6 +192,8 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     twin = copy.deepcopy(module, memo if memo is not None else {})
     for child in twin.modules():
+        if "_orig_mod" in child._modules:
+            continue  # what torch.compile put around a module: it made its methods anew for the copy
         # A method that was compiled on the instance is a closure over the original: the copy would run that.
         for name in [n for n, value in vars(child).items() if hasattr(value, "_torchdynamo_orig_callable")]:
             del child.__dict__[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lightning_prune._lightning import LightningModule
 from lightning_prune._pipeline import Progress, run
 from lightning_prune._task import Data, Task
+from lightning_prune.cost import copied
 from lightning_prune.deploy.calls import submodule as find_submodule
 from lightning_prune.deploy.evaluate import quiet_lightning
 from lightning_prune.deploy.files import check_writable
@@ -73,10 +73,11 @@ def export(
     """
     require_onnxruntime("export()")
     check_max_drop(max_drop, "export")
+    module = getattr(module, "_orig_mod", module)  # of torch.compile(module), the module
     find_submodule(module, submodule, "export")
     target = check_writable(dirpath)
     checkpoint: Mapping[str, Any] = read_checkpoint(ckpt_path) if ckpt_path is not None else {}
-    current = loaded(module, checkpoint, ckpt_path) if checkpoint else copy.deepcopy(module)
+    current = loaded(module, checkpoint, ckpt_path) if checkpoint else copied(module)
     state = edge_state(checkpoint)
     modules: dict[str, Any] = {}
     if isinstance(baseline, (str, Path)):
@@ -110,7 +111,7 @@ def loaded(module: LightningModule, checkpoint: Mapping[str, Any], path: Any) ->
     Raises:
         CheckpointError: The checkpoint is of another network.
     """
-    result: Any = copy.deepcopy(module)
+    result: Any = copied(module)
     manifest.take_on(result, checkpoint)
     try:
         result.load_state_dict(checkpoint["state_dict"], strict=True)
@@ -179,7 +180,7 @@ def take_baseline(module: LightningModule, epoch: int, step: int) -> dict[str, A
 
 def dense_of(module: LightningModule, baseline: Mapping[str, Any]) -> Any:
     """Return a copy of a module as it was when the baseline was taken."""
-    result: Any = copy.deepcopy(module)
+    result: Any = copied(module)
     manifest.reshape(result, baseline["structure"])
     result.load_state_dict(baseline["state"], strict=True)
     return result

@@ -5,7 +5,6 @@ The work is done in `lightning_prune._pipeline`.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from lightning_prune._pipeline import run, try_export
 from lightning_prune._task import Data, Task
 from lightning_prune.callbacks._edge_output import log_headlines, progress_bar
 from lightning_prune.callbacks._inputs import example_inputs, first_batch, validation_loaders
+from lightning_prune.cost import copied
 from lightning_prune.deploy.calls import Call, submodule
 from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.evaluate import never_called
@@ -293,7 +293,7 @@ def _trained(trainer: Trainer) -> dict[str, Any] | None:
 
 def _bare_copy(pl_module: LightningModule) -> Any:
     """Return a copy of the module on the CPU, not compiled."""
-    result: Any = copy.deepcopy(pl_module).cpu()
+    result: Any = copied(pl_module).cpu()
     if getattr(result, "_compiler_ctx", None) is not None:
         # Private to Lightning, and its own to_uncompiled() is what reads it.
         tools = import_module(f"{namespace_of(result)}.utilities.compile")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lightning_prune._lightning import Callback, namespace_of, trainer_class
+from lightning_prune.cost import copied
 from lightning_prune.deploy.calls import submodule, untouched_rng
 from lightning_prune.deploy.capture import watch_calls
 from lightning_prune.deploy.confusion import Confusion
@@ -59,7 +60,7 @@ def evaluate_file(
     """
     name = exported.path.name
     with untouched_rng(), torch.inference_mode(False):
-        stand_in = copy.deepcopy(pl_module).cpu().float()
+        stand_in: Any = copied(pl_module).cpu().float()
         # Lightning's `log` remembers its metrics by the identity of the original's, and has no way to forget.
         stand_in._metric_attributes = None
         _keep_metrics_local(stand_in)
@@ -72,7 +73,7 @@ def evaluate_file(
             trainer = cpu_trainer(stand_in, limit_val_batches=limit, callbacks=callbacks)
             data: dict[str, Any] = {"dataloaders": loaders}
             if datamodule is not None:
-                data = {"datamodule": _ready(datamodule, loaders)}
+                data = {"datamodule": ready(datamodule, loaders)}
             try:
                 trainer.validate(stand_in, verbose=False, **data)
             except LightningPruneError:
@@ -157,13 +158,13 @@ class _Counter(Callback):
             self.tell(self.done)
 
 
-def _ready(datamodule: Any, loaders: Any) -> Any:
+def ready(datamodule: Any, loaders: Any) -> Any:
     """Return a shallow copy of a datamodule that has its loaders already and is not set up again."""
-    ready = copy.copy(datamodule)
+    twin = copy.copy(datamodule)
     for hook in ("prepare_data", "setup", "teardown"):
-        setattr(ready, hook, _nothing)
-    ready.val_dataloader = lambda: loaders
-    return ready
+        setattr(twin, hook, _nothing)
+    twin.val_dataloader = lambda: loaders
+    return twin
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -128,7 +128,11 @@ def staged(dirpath: str | Path, last: str = "report.json") -> Iterator[Path]:
     except OutputError:
         raise
     except OSError as error:
-        raise cannot_write(target, error) from error
+        # What the user's own data raises is no fault of the directory.
+        at_fault = error.filename is None or str(error.filename).startswith((str(stage), str(target)))
+        if error.errno in _FULL or (error.errno is not None and at_fault):
+            raise cannot_write(target, error) from error
+        raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

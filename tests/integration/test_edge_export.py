@@ -236,6 +236,35 @@ def test_a_compiled_submodule_is_exported_under_its_own_names(tmp_path):
     assert not any("_orig_mod" in name for name in names)
 
 
+def _whole(net):
+    return torch.compile(net, backend="eager")
+
+
+def _in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+def _inside(net):
+    net.model = torch.compile(net.model, backend="eager")
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile\\(module\\)` when there are global hooks")  # MACs
+def test_a_compiled_module_is_exported_as_the_module_it_was_made_from(tmp_path):
+    found = {}
+    for compiled in (lambda net: net, _whole, _in_place, _inside):
+        torch.manual_seed(0)
+        net = compiled(Net())
+        edge = EdgeExport(str(tmp_path / compiled.__name__), profile=None, quantize=None)
+        trainer(tmp_path, [edge], max_epochs=1).fit(net, loader(), loader(1))
+        export(net, tmp_path / "after", dataloaders=loader(1), profile=None, quantize=None)
+        found[compiled.__name__] = hashes(tmp_path / compiled.__name__)
+        assert hashes(tmp_path / "after") == found[compiled.__name__]
+    plain = found.pop("<lambda>")
+    assert all(item == plain for item in found.values())
+
+
 def test_a_second_fit_keeps_the_baseline_and_another_module_takes_its_own(tmp_path):
     net, edge = Net(), EdgeExport(str(tmp_path / "edge"), profile=None, quantize=None)
     mask = MagnitudePruning(0.5, schedule=Schedule("one_shot", begin=0.5))

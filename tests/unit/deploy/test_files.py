@@ -52,6 +52,17 @@ def test_an_error_leaves_the_last_files_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["a.onnx", "edge"]
 
 
+def test_a_missing_file_of_the_users_data_is_not_taken_for_an_unwritable_directory(tmp_path):
+    def fail():
+        with staged(tmp_path / "edge"):
+            (tmp_path / "data.csv").read_text()
+
+    with pytest.raises(FileNotFoundError, match=r"data\.csv") as caught:
+        fail()
+    assert not isinstance(caught.value, OutputError)
+    assert names(tmp_path) == ["edge"]
+
+
 def test_a_full_disk_is_an_output_error_that_says_what_to_do(tmp_path):
     def full():
         with staged(tmp_path / "edge"):
