@@ -16,7 +16,7 @@ from lightning_prune.structure.importance import IMPORTANCES, magnitude
 from lightning_prune.structure.surgery import Change, change_for
 from lightning_prune.structure.verify import failing, prove
 
-_AMOUNTS = {"channels": "channels", "params": "parameters", "macs": "MACs"}
+_AMOUNTS = {"channels": "channels", "params": "parameters", "macs": "MACs", "latency": "latency"}
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def plan(
         kept = _meet(steps, costs, allowed)
         if kept is None:
             raise _unreachable(recipe, dense, groups, costs(kept_after(steps, len(steps))))
-        failed = failing(module, groups, kept, example.args, example.kwargs)
+        failed = failing(module, groups, kept, *example.single)
         if not failed:
             return change_for(module, groups, kept)
         # What was proven with other widths does not hold for these; the others may still do.
@@ -250,9 +250,12 @@ def _unreachable(recipe: Recipe, dense: Dense, groups: Sequence[Group], smallest
     limits = f"round_to={recipe.round_to!r}, max_ratio={recipe.max_ratio}"
     if protected:
         limits += f", and {len(protected)} protected: {'; '.join(protected[:3])}"
+    reachable = f"{smallest / dense.costs[kind]:.3f}"
+    if kind == "latency":
+        reachable += f" ({smallest:.3g} of {dense.costs[kind]:.3g} ms)"
     return BudgetError(
         f"StructuralPruning: `budget` asks for {recipe.budget.fraction:g} of the dense {_AMOUNTS[kind]}, but "
-        f"the smallest reachable is {smallest / dense.costs[kind]:.3f}. It is limited by {limits}. "
+        f"the smallest reachable is {reachable}. It is limited by {limits}. "
         f"Write Budget({kind}={_rounded_up(smallest / dense.costs[kind])}), or loosen what limits it."
     )
 
