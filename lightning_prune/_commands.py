@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_prune import _bundle_commands
+from lightning_prune import sensitivity as analysis
 from lightning_prune.callbacks import _network
 from lightning_prune.callbacks._block_table import candidates
 from lightning_prune.callbacks._edge_output import progress_bar
@@ -85,6 +86,52 @@ class Commands:
                 progress=tell,
             )
         print_table(report)
+
+    def sensitivity(
+        self,
+        model: Any,
+        datamodule: Any = None,
+        ckpt_path: str | None = None,
+        dirpath: str = "sensitivity",
+        metric: str | None = None,
+        kinds: list[str] | None = None,
+        levels: list[float] | None = None,
+        batches: int = 8,
+        max_drop: float = 0.01,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Find out which layers bear zeros, fewer channels, and 8 bits, one at a time, without training.
+
+        Leaves `sensitivity.json`, `sensitivity.svg`, and `sensitivity.yaml` with levels for a config.
+
+        Args:
+            model: The LightningModule.
+            datamodule: Gives validation data.
+            ckpt_path: A trained checkpoint, dense or pruned; without one, the network as it is built.
+            dirpath: Where the files go.
+            metric: What the validation loop logs; by default a loss.
+            kinds: Of `sparsity`, `width` and `int8`; by default all.
+            levels: Fractions of zeros, and of channels that go; by default 0.25, 0.5, 0.75 and 0.9.
+            batches: Validation batches of each run.
+            max_drop: How much worse the metric may get by one layer alone, for the levels.
+            weights_only: Has no effect: a checkpoint is always read so.
+        """
+        if ckpt_path is not None:
+            model = loaded(model, read_checkpoint(ckpt_path), ckpt_path)
+        asked = {"kinds": kinds, "levels": levels}
+        with progress_bar() as tell:
+            found = analysis.sensitivity(
+                model,
+                datamodule=datamodule,
+                metric=metric,
+                batches=batches,
+                progress=lambda stage, fraction: tell("sensitivity", fraction),
+                **{name: value for name, value in asked.items() if value is not None},  # type: ignore[arg-type]
+            )
+        paths = analysis.write(found, dirpath, max_drop)
+        console = Console()
+        console.print(paths[-1].read_text(), highlight=False, soft_wrap=True)
+        console.print(f"{found.metric} {found.value:.4g} before; see {', '.join(map(str, paths))}")
 
     def inspect(
         self,

@@ -59,7 +59,7 @@ def run(args: Sequence[str] | None, lightning: str) -> Any:
     cli = import_module(f"{lightning}.cli")
 
     class Trainer(_commands.Commands, base.Trainer):  # type: ignore[misc, name-defined]
-        """Lightning's Trainer, with the methods behind `export` and `inspect`."""
+        """Lightning's Trainer, with the methods behind `export`, `inspect` and `sensitivity`."""
 
     class PruneCLI(cli.LightningCLI):  # type: ignore[misc, name-defined]
         """Lightning's command line, with the subcommands of this package."""
@@ -67,7 +67,7 @@ def run(args: Sequence[str] | None, lightning: str) -> Any:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             """Lightning's subcommands and ours, with the arguments that a config cannot give."""
-            ours = {name: {"model", "datamodule"} for name in ("export", "inspect")}
+            ours = {name: {"model", "datamodule"} for name in ("export", "inspect", "sensitivity")}
             return {**cli.LightningCLI.subcommands(), **ours}
 
     Trainer.__module__ = __name__

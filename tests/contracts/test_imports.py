@@ -32,6 +32,8 @@ LAYERS = {
     "portable": 4,
     "callbacks": 5,
     "_bundle_commands": 6,
+    "_sensitivity_files": 4,
+    "sensitivity": 5,
     "_commands": 6,
     "cli": 7,
     "__main__": 8,
