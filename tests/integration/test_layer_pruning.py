@@ -14,12 +14,14 @@ from structural_cases import macs
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_prune.callbacks.accuracy_guard import AccuracyGuard
 from lightning_prune.callbacks.after_pruning import AfterPruning
 from lightning_prune.callbacks.layer_pruning import LayerPruning
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.errors import BudgetError, ConfigurationError, SelectionError
 from lightning_prune.schedules import Schedule
+from lightning_prune.sparsity.training import SparseTraining
 from lightning_prune.structure.budget import Budget
 from lightning_prune.structure.replaced import put
 
@@ -438,3 +440,50 @@ def test_what_was_put_by_hand_is_no_block(tmp_path):
     pruning = LayerPruning(1, schedule=NOW)
     fit(tmp_path, pruning, net=net, max_epochs=2)
     assert [block["name"] for block in pruning.pruning_summary()["blocks"]] == BLOCKS[1:]
+
+
+def test_a_guard_takes_a_block_too_many_back(tmp_path):
+    class Scored(Net):
+        def on_validation_epoch_end(self):
+            self.log("score", float(len(left(self)) >= 4))
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+            assert held == {id(p) for p in pl_module.parameters()}
+            counts.append(len(left(pl_module)))
+
+    counts: list[int] = []
+    pruning = LayerPruning(3, schedule=Schedule("linear", 0, 4, unit="epoch"))
+    guard = AccuracyGuard("score", 0.1, patience=1, min_step=0.2)
+    net, _ = fit(tmp_path, pruning, guard, Watch(), net=Scored("adamw"), max_epochs=8)
+    assert min(counts) == 3
+    assert counts[-1] == len(left(net)) == 4
+    entries = pruning.pruning_summary()["blocks"]
+    assert [entry["name"] for entry in entries if not entry["became"]] == left(net)
+
+
+GATHERING = {
+    "gradients": {"criterion": "snip"},
+    "activations": {"criterion": "wanda"},
+    "regrowth": {"training": SparseTraining("rigl", every=3)},
+    "rewinding": {"training": SparseTraining(rewind_to=0)},
+}
+
+
+@pytest.mark.parametrize("arguments", GATHERING.values(), ids=GATHERING)
+def test_what_masks_gather_in_training_follows(tmp_path, arguments):
+    masks = MagnitudePruning(0.5, schedule=Schedule("linear", 1, 3, unit="epoch"), **arguments)
+    layers = LayerPruning(2, schedule=Schedule("linear", 0, 2, unit="epoch"), include=["two.0", "two.2"])
+    net, _ = fit(tmp_path, masks, layers, max_epochs=5)
+    assert type(net.two[0]) is nn.Conv2d
+    assert zeros(net) == round(0.5 * size(net))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_other_precisions(tmp_path, precision):
+    layers = LayerPruning(2, schedule=NOW, include=["two.0", "two.2"])
+    net, _ = fit(tmp_path, layers, max_epochs=2, precision=precision, accumulate_grad_batches=3)
+    wanted = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+    assert {p.dtype for p in net.parameters()} == {wanted}
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
