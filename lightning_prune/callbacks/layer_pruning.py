@@ -68,8 +68,8 @@ class LayerPruning(Callback):
         replace: `"auto"`: an identity for residual blocks that keep their input's shape, a fitted layer for
             others; `"identity"`: only blocks for which an identity can stand; `"cheaper"`: a fitted layer for
             all.
-        include: Globs of the blocks that may go. A module that is named in full is a block whatever it
-            computes.
+        include: Globs of the blocks that may go. A module that is named in full, and holds no blocks, is one
+            whatever it computes.
         exclude: Globs of blocks that stay.
         calibration_batches: On how many batches of the training data blocks are scored and layers fitted.
         example_input: As in `StructuralPruning`.

@@ -85,7 +85,7 @@ def find_blocks(
         example: Its inputs.
         replacement: `"auto"`: an identity for residual blocks that keep their input's shape, else a layer
             that is fitted; `"identity"`: an identity or nothing; `"cheaper"`: a fitted layer for all.
-        named: Modules that are blocks whatever they compute.
+        named: Modules that are blocks whatever they compute, unless they hold blocks.
         choose: Picks those that may go from the names of all blocks.
 
     Returns:
@@ -124,7 +124,7 @@ def candidates(module: nn.Module, calls: Sequence[Call], named: Sequence[str] = 
     Args:
         module: The network.
         calls: What ran in it.
-        named: Modules that are blocks whatever they compute.
+        named: Modules that are blocks whatever they compute, unless they hold blocks.
 
     Returns:
         Their names, in the order in which they run.
@@ -139,11 +139,17 @@ def candidates(module: nn.Module, calls: Sequence[Call], named: Sequence[str] = 
     classes = {type(module.get_submodule(name)) for name in units} - {nn.Sequential, nn.ModuleList}
     order = dict.fromkeys(call.name for call in calls)
     known = dict(module.named_modules())
-    found = [name for name in named if name in known and name]
-    for name in (*(n for n in order if n in units), *order):
-        alike = name in units or (name and type(known[name]) in classes)
-        if alike and not any(_inside(name, [other]) or _inside(other, [name]) for other in {*found} - {name}):
+    alike = [name for name in order if name and type(known[name]) in classes]
+    found: list[str] = []
+    for name in (*(n for n in order if n in units), *alike):
+        if name not in found and not _overlaps(name, found):
             found.append(name)
+    # A name of what holds blocks means these; one of what is in a block means it instead of the block.
+    asked: list[str] = []
+    for name in named:
+        if name and name in known and not any(_inside(other, [name]) for other in (*found, *asked)):
+            asked = [other for other in asked if not _inside(name, [other])] + [name]
+    found = [name for name in found if name not in asked and not _overlaps(name, asked)] + asked
     places = {name: place for place, name in enumerate(order)}
     return sorted(dict.fromkeys(found), key=lambda name: places.get(name, len(places)))
 
@@ -153,6 +159,10 @@ def _units(name: str, own: Sequence[str]) -> list[str]:
     inner = [other for other in own if _inside(other, [name])]
     units = [u for other in inner if not _inside(other, inner) for u in _units(other, inner)]
     return units if len(units) > 1 else [name]
+
+
+def _overlaps(name: str, others: Sequence[str]) -> bool:
+    return _inside(name, others) or any(_inside(other, [name]) for other in others)
 
 
 def _inside(name: str, others: Iterable[str]) -> bool:

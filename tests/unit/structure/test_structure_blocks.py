@@ -215,6 +215,14 @@ def test_what_is_named_is_a_block_whatever_it_computes():
     assert found.becomes == "identity"
 
 
+def test_a_name_of_what_holds_blocks_means_these_and_one_inside_a_block_means_it_alone():
+    net = token_ends(nn.Sequential(Add(mlp()), Add(mlp())), Add(mlp()))
+    assert [block.name for block in blocks_of(net, tokens(), named=["1"])] == ["1.0", "1.1", "2"]
+    found = blocks_of(net, tokens(), named=["1.0.f"])
+    assert [block.name for block in found] == ["1.0.f", "1.1", "2"]
+    assert found[0].becomes == "linear 4 -> 4"
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
