@@ -90,6 +90,7 @@ def _pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, s
         else:
             follower.known[tensor] = Labels(kept=True)
     align_recurrent(module, follower, state)
+    orders = []
     for training in (False, True):
         inputs = tree_map_only(
             Tensor, lambda t: t.detach().to("meta") if meta else t.detach().clone(), (args, kwargs)
@@ -110,11 +111,16 @@ def _pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, s
         except Exception:
             if not training:
                 raise
-            return record  # it needs more than these inputs in training, such as detection targets
+            record.modes = (False,)  # it needs more than these inputs, such as detection targets
+            return record
         finally:
             for handle in handles:
                 handle.remove()
         _pin_outputs(module, follower, out)
+        orders.append(follower.order)
+        follower.order = []
+    if orders[0] == orders[1]:
+        record.modes = (False,)
     return record
 
 

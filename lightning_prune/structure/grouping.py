@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def groups_of(record: Record) -> list[Group]:
         numbers = {n: rows for n, rows in settled.attributes.items() if bool((part_of[rows] == place).any())}
         groups.append((bundle, members[place], numbers, settled.blocks.get(place), reason))
     groups.sort(key=lambda entry: entry[0].makers[0].start)
-    return [_group(root, *entry) for entry in groups]
+    return [replace(_group(root, *entry), modes=record.modes) for entry in groups]
 
 
 def _parts(record: Record, root: Tensor) -> list[_Part]:

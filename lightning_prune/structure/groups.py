@@ -70,6 +70,7 @@ class Group:
         reason: Why none may go, or empty.
         makers: Every layer that makes them.
         unit: How many channels of the first layer the smallest step takes, where that is not `step`.
+        modes: Whether the network has to be looked at in eval mode only, or as in training too.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Group:
     reason: str = ""
     makers: tuple[str, ...] = ()
     unit: int = 0
+    modes: tuple[bool, ...] = (False, True)
 
     @property
     def atoms(self) -> int:

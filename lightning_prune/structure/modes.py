@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -69,43 +68,3 @@ def running(module: nn.Module, training: bool) -> Iterator[None]:
                 child.training = not type(child).__module__.startswith("torch.nn.")
             stack.enter_context(_NoDropout())
         yield
-
-
-def modes(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Say in which modes a network has to be looked at: eval, and training if other layers run there.
-
-    Args:
-        module: The network.
-        args: Positional example inputs.
-        kwargs: Keyword example inputs.
-
-    Returns:
-        `(False,)`, or `(False, True)`. A network that needs more than its inputs in training, such as
-        detection targets, has its eval mode only.
-
-    Example:
-        >>> modes(nn.Linear(2, 1), (torch.zeros(1, 2),), {})
-        (False,)
-    """
-    try:
-        called = [_called(module, args, kwargs, training) for training in (False, True)]
-    except Exception:  # noqa: BLE001 - a network may refuse to run in training mode in any way
-        return (False,)
-    return (False,) if called[0] == called[1] else (False, True)
-
-
-def _called(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool
-) -> list[nn.Module]:
-    order: list[nn.Module] = []
-    handles = [
-        child.register_forward_hook(lambda layer, inputs, output: order.append(layer))
-        for child in module.modules()
-    ]
-    try:
-        with torch.no_grad(), running(module, training):
-            module(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order

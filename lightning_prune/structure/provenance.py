@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_prune.cost import without_numbers
+
 _WIDE = 2**31  # two labels in one integer: sorting pairs of them as rows takes a hundred times longer
 
 WILD, PARAMETER, DATA = 0, 1, 2
@@ -85,6 +87,7 @@ class Record:
         demands: Numbers that must come out right after a cut, as `structure.sizes.Demand`s.
         guesses: Labels of what is no layer's: a view that lays them over others' drops them.
         events: The operators that found something out.
+        modes: `(False,)` if the network runs alike in eval mode and as in training, or only so.
         results: The events that the network's outputs, and whatever outlives a pass, came from.
     """
 
@@ -98,6 +101,7 @@ class Record:
     guesses: set[int] = field(default_factory=set)
     events: list[Event] = field(default_factory=list)
     results: list[Event] = field(default_factory=list)
+    modes: tuple[bool, ...] = (False, True)
     count: int = 1
 
     def mark(self) -> tuple[int, ...]:
@@ -157,6 +161,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.fallback = fallback
         self.known: Any = WeakIdKeyDictionary()
         self.aside = 0
+        self.order: list[str] = []
 
     # What rules work with.
 
@@ -229,8 +234,10 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, then its rule."""
         kwargs = dict(kwargs or {})
-        out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        out = without_numbers(func, args) or func(*args, **kwargs)
+        if "dropout" not in name:  # it keeps everything here
+            self.order.append(name)
         rule = self.rules.get(name) or self.rules.get(name.rstrip("_")) or self.fallback
         inputs = [self.of(tensor).event for tensor in tensors_in((args, kwargs))]
         since = self.record.mark()

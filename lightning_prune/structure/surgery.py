@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.cost import copied
 from lightning_prune.errors import CompatibilityError
 from lightning_prune.structure.groups import Group, attribute_of
 from lightning_prune.structure.heads import settle
@@ -194,6 +195,30 @@ def apply(module: nn.Module, change: Change) -> None:
     for name, values in change.attributes.items():
         write(module.get_submodule(name), values)
     settle(module)
+
+
+def copied_cut(module: nn.Module, change: Change) -> nn.Module:
+    """Copy a network as it would be after a cut, without copying what goes.
+
+    Args:
+        module: The network; nothing in it changes.
+        change: What to do.
+
+    Returns:
+        The smaller copy. It shares the parameters that were not cut: it is for running, not for training.
+
+    Example:
+        >>> copied_cut(nn.Linear(4, 2), Change({"weight": ((1, torch.tensor([0, 3])),)})).weight.shape
+        torch.Size([2, 2])
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    for name, cuts in change.kept.items():
+        tensor = get_tensor(module, name)
+        data = take(tensor.detach(), cuts)
+        memo[id(tensor)] = nn.Parameter(data, False) if isinstance(tensor, nn.Parameter) else data
+    smaller = copied(module, memo)
+    apply(smaller, replace(change, kept={}))
+    return smaller
 
 
 def get_tensor(module: nn.Module, name: str) -> Tensor:
