@@ -11,7 +11,7 @@ from lightning_prune.structure.blocks import Block
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.plan import Outlook
 
-_UNITS = {"channels": "channels", "blocks": "blocks", "params": "parameters", "macs": "MACs"}
+_UNITS = {"channels": "channels", "blocks": "blocks", "params": "parameters", "macs": "MACs", "latency": "ms"}
 
 
 def show(
@@ -55,7 +55,8 @@ def show(
         "smallest possible": outlook.smallest,
     }
     for name, amount in rows.items():
-        table.add_row(name, f"{amount:,.0f}", f"{amount / outlook.dense:.2f}")
+        shown = f"{amount:.3g}" if outlook.kind == "latency" else f"{amount:,.0f}"
+        table.add_row(name, shown, f"{amount / outlook.dense:.2f}")
     console.print(table)
     intact = [group for group in groups if group.reason]
     if intact:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from lightning_prune._lightning import Callback, LightningModule, Trainer
-from lightning_prune.callbacks import _checkpoint_hooks, _clock, _network
-from lightning_prune.callbacks._events import emit
+from lightning_prune.callbacks import _checkpoint_hooks, _clock, _latency, _network
+from lightning_prune.callbacks._events import decided, emit
 from lightning_prune.callbacks._follow import check_strategy, follow
 from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms
-from lightning_prune.errors import ConfigurationError, LightningPruneError, TracingError
+from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
 from lightning_prune.structure import manifest
 from lightning_prune.structure.budget import Budget, check_search_arguments
-from lightning_prune.structure.costs import METERS, Example
+from lightning_prune.structure.costs import METERS, Example, Meter
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import Evidence, check_importance
+from lightning_prune.structure.latency import LatencyTable, latency_meter
 from lightning_prune.structure.plan import Dense, Recipe, foresee, measure, plan, survey
 from lightning_prune.structure.surgery import Change, from_plain, plain
 
@@ -53,6 +54,9 @@ class StructuralPruning(Callback):
         round_to: Widths become multiples of this. `"auto"`: of 16, 8 or 4, the largest that leaves a layer a
             choice, because one channel more or less can make a layer several times slower.
         max_ratio: The largest fraction of a layer's channels that may go.
+        latency_table: Where the times are kept that a budget of latency is planned with, as a JSON file. They
+            are measured once, before the first training, in some seconds a layer and width; a file of another
+            network, machine or runtime is refused. Without it they are in the checkpoints only.
         include: Globs of the layers that may lose channels.
         exclude: Globs of layers that keep theirs.
         example_input: What the network is traced with: a shape (`[1, 3, 32, 32]`) or tensors; by default the
@@ -85,6 +89,7 @@ class StructuralPruning(Callback):
         example_input: Any = None,
         regularization: float = 0.0,
         recalibrate: int = 0,
+        latency_table: str | None = None,
     ) -> None:
         super().__init__()
         # Not a default argument: LightningCLI would merge it with the budget in a configuration file.
@@ -95,6 +100,9 @@ class StructuralPruning(Callback):
             raise ConfigurationError.of(_OWNER, "schedule", "a Schedule", schedule, "write Schedule(end=0.5)")
         check_search_arguments(scope, round_to, max_ratio)
         check_importance(importance, _OWNER)
+        if budget.kind == "latency" and isinstance(round_to, int) and round_to % 4:
+            expected = "'auto', or a multiple of 4, with a budget of latency: runtimes are slow at others"
+            raise ConfigurationError.of(_OWNER, "round_to", expected, round_to)
         self.budget = budget
         self.schedule = schedule
         self.importance = importance
@@ -106,6 +114,7 @@ class StructuralPruning(Callback):
         self.example_input = example_input
         self.regularization = _fraction_of_loss(regularization)
         self.recalibrate = _number_of_batches(recalibrate)
+        self.latency_table = latency_table
         self._reset()
 
     # ------------------------------------------------------------------ state
@@ -113,6 +122,7 @@ class StructuralPruning(Callback):
     def _reset(self) -> None:
         self._level = 0.0
         self._dense: Dense | None = None
+        self._times: LatencyTable | None = None
         self._history: list[dict[str, Any]] = []
         self._skipped: dict[str, str] = {}
         self._now: dict[str, float] = {}
@@ -149,8 +159,10 @@ class StructuralPruning(Callback):
 
     @property
     def recipe(self) -> Recipe:
-        """What is asked, without the schedule."""
-        return Recipe(self.budget, self.importance, self.scope, self.round_to, self.max_ratio)
+        """What is asked, without the schedule; milliseconds as a fraction once the dense network is known."""
+        dense = self._dense.costs.get("latency") if self._dense is not None else None
+        budget = self.budget if dense is None else self.budget.relative_to(dense)
+        return Recipe(budget, self.importance, self.scope, self.round_to, self.max_ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Return level, history and the dense network's widths and costs; plain data only."""
@@ -159,6 +171,7 @@ class StructuralPruning(Callback):
             "level": self._level,
             "history": [dict(entry) for entry in self._history],
             "dense": None if dense is None else {"widths": dict(dense.widths), "costs": dict(dense.costs)},
+            "times": None if self._times is None else self._times.plain(),
             "widths": dict(self._widths),
             "skipped": dict(self._skipped),
             "evidence": {"totals": dict(evidence.totals), "steps": evidence.steps},
@@ -170,6 +183,8 @@ class StructuralPruning(Callback):
         self._history = [dict(entry) for entry in state_dict["history"]]
         dense = state_dict["dense"]
         self._dense = None if dense is None else Dense(dict(dense["widths"]), dict(dense["costs"]))
+        times = state_dict.get("times")
+        self._times = None if times is None else LatencyTable.from_plain(times)
         self._widths = dict(state_dict["widths"])
         self._skipped = dict(state_dict["skipped"])
         self._learning.evidence = Evidence(**state_dict["evidence"])
@@ -196,12 +211,13 @@ class StructuralPruning(Callback):
         }
 
     def _config(self) -> dict[str, Any]:
-        recipe = {**asdict(self.recipe), "budget": {self.budget.kind: self.budget.fraction}}
+        recipe = {**asdict(self.recipe), "budget": self.recipe.budget.given}
         lists = {"include": list(self.include), "exclude": list(self.exclude)}
         others = {
             "schedule": asdict(self.schedule),
             "regularization": self.regularization,
             "recalibrate": self.recalibrate,
+            "latency_table": self.latency_table,
         }
         return {**recipe, **others, **lists}
 
@@ -231,8 +247,13 @@ class StructuralPruning(Callback):
         groups = survey(network, self._example, self._choose)
         if self._dense is None:
             self._dense = measure(network, groups, self._example)
+            if self.budget.kind == "latency":
+                asked = (self.recipe, self._dense, self._example, self.latency_table)
+                self._times = _latency.table_for(trainer, network, groups, *asked)
+                self._dense = measure(network, groups, self._example, self._meters)
         self._take_stock(network, groups)
-        outlook = foresee(network, groups, self.recipe, self._dense, self._example)
+        meter = self._meters[self.budget.kind]
+        outlook = foresee(network, groups, self.recipe, self._dense, self._example, meter)
         if trainer.is_global_zero and trainer.progress_bar_callback is not None:
             show(outlook, groups)
 
@@ -323,37 +344,43 @@ class StructuralPruning(Callback):
                 recalibrate_norms(trainer, pl_module, network, self._calls, self.recalibrate)
         proven = {group.name: group.reason for group in self._groups}
         self._take_stock(network, survey(network, self._example, self._choose, proven))
-        achieved, target = self._now[self.budget.kind], self.budget.fraction_at(level)
-        when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        self._history.append({**when, "level": level, "target": target, "achieved": achieved})
+        achieved, target = self._now[self.budget.kind], self.recipe.budget.fraction_at(level)
+        entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        entry |= {"level": level, "target": target, "achieved": achieved}
+        if self._times is not None:
+            assert self._dense is not None
+            predicted = achieved * self._dense.costs["latency"]
+            before = self._history[-1] if self._history and not change else None
+            entry |= _latency.check(trainer, pl_module, network, self._example, predicted, before)
+        self._history.append(entry)
         self._log_due = True
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, level: float) -> Change:
         assert self._dense is not None
         assert self._example is not None
-        message: Any = None
-        if trainer.is_global_zero:
+        dense, example = self._dense, self._example
+
+        def make() -> dict[str, Any]:
             network = _network.traced(pl_module, self._calls)
-            try:
-                scores = self._learning.evidence.scores()
-                change = plan(network, self._groups, self.recipe, self._dense, level, self._example, scores)
-                message = plain(change)
-            except LightningPruneError as error:
-                if trainer.world_size == 1:
-                    raise
-                message = str(error)
-        message = trainer.strategy.broadcast(message)
-        if isinstance(message, str):  # the other ranks would wait forever for a rank that only raised
-            raise TracingError(message)
-        return from_plain(message)
+            scores = self._learning.evidence.scores()
+            if self._times is not None:
+                scores = _latency.scores(network, self._groups, self._times, self.importance, scores)
+            meter = self._meters[self.budget.kind]
+            return plain(plan(network, self._groups, self.recipe, dense, level, example, scores, meter))
+
+        return from_plain(decided(trainer, make))
+
+    @property
+    def _meters(self) -> Mapping[str, Meter]:
+        return METERS if self._times is None else {**METERS, "latency": latency_meter(self._times)}
 
     def _take_stock(self, network: nn.Module, groups: Sequence[Group]) -> None:
         """Note what remains of the dense network, and what was left intact."""
         assert self._dense is not None
         assert self._example is not None
         for kind in dict.fromkeys((self.budget.kind, "macs", "params")):
-            cost = METERS[kind](network, groups, self._example)({})
-            self._now[kind] = cost / max(1.0, self._dense.costs[kind])
+            cost = self._meters[kind](network, groups, self._example)({})
+            self._now[kind] = cost / (self._dense.costs[kind] or 1.0)
         self._widths = {group.name: group.channels for group in groups}
         self._skipped = {group.name: group.reason for group in groups if group.reason}
         self._groups = list(groups)

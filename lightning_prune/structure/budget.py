@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import ceil, lcm
+from math import ceil, inf, lcm
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ class Budget:
         channels: Fraction of the channels of all prunable groups.
         params: Fraction of the parameters.
         macs: Fraction of the multiply-accumulates of one forward pass.
+        latency: Fraction of the latency of one sample, measured with ONNX Runtime on one thread.
+        latency_ms: That latency in milliseconds.
 
     Raises:
-        BudgetError: None or several are given, or one is not above 0 and at most 1.
+        BudgetError: None or several are given, or one is not above 0 and (but for milliseconds) at most 1.
 
     Example:
         >>> Budget(macs=0.5).kind, Budget(macs=0.5).fraction
@@ -41,6 +43,8 @@ class Budget:
     channels: float | None = None
     params: float | None = None
     macs: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         amounts = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -51,21 +55,49 @@ class Budget:
                 "write for example Budget(macs=0.5)."
             )
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise BudgetError.of(
-                    "Budget", name, "a fraction of the dense network, above 0 and at most 1", value,
-                    "half of it is 0.5",
-                )  # fmt: skip
+            most = inf if name == "latency_ms" else 1
+            expected = "a fraction of the dense network, above 0 and at most 1", "half of it is 0.5"
+            if name == "latency_ms":
+                expected = "milliseconds above 0", "write for example 8.0"
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value <= most or value == inf:
+                raise BudgetError.of("Budget", name, expected[0], value, expected[1])
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What the user gave, by name.
+
+        Example:
+            >>> Budget(latency_ms=8.0).given
+            {'latency_ms': 8.0}
+        """
+        amounts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: float(value) for name, value in amounts.items() if value is not None}
 
     @property
     def kind(self) -> str:
-        """Which amount is given: `"channels"`, `"params"` or `"macs"`."""
-        return next(field.name for field in fields(self) if getattr(self, field.name) is not None)
+        """Which amount is limited: `"channels"`, `"params"`, `"macs"` or `"latency"`."""
+        return next(iter(self.given)).removesuffix("_ms")
 
     @property
     def fraction(self) -> float:
-        """The fraction of it that may remain."""
-        return float(getattr(self, self.kind))
+        """The fraction of it that may remain; for milliseconds see `relative_to`."""
+        ((name, value),) = self.given.items()
+        if name == "latency_ms":
+            raise BudgetError("Budget: milliseconds are no fraction before the dense network was measured.")
+        return value
+
+    def relative_to(self, dense: float) -> Budget:
+        """Return the same budget as a fraction.
+
+        Args:
+            dense: The latency of the dense network, in milliseconds; fractions do not need it.
+
+        Example:
+            >>> Budget(latency_ms=8.0).relative_to(16.0), Budget(macs=0.5).relative_to(16.0).macs
+            (Budget(channels=None, params=None, macs=None, latency=0.5, latency_ms=None), 0.5)
+        """
+        return self if self.latency_ms is None else Budget(latency=min(1.0, self.latency_ms / dense))
 
     def fraction_at(self, level: float) -> float:
         """The fraction that may remain when the schedule stands at `level`, from 0 to 1.
