@@ -14,6 +14,7 @@ from lightning_prune.callbacks import _block_table, _checkpoint_hooks, _clock, _
 from lightning_prune.callbacks._block_scores import Weights, judge
 from lightning_prune.callbacks._events import emit
 from lightning_prune.callbacks._follow import check_strategy, follow_exchange
+from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.errors import BudgetError, ConfigurationError
 from lightning_prune.schedules import Schedule, Timeline
@@ -120,12 +121,11 @@ class LayerPruning(Callback):
         self._dense: dict[str, float] = {}
         self._history: list[dict[str, Any]] = []
         self._table: dict[str, dict[str, Any]] = {}
-        self._now: dict[str, float] = {}
+        self._left = Fractions("blocks")
         self._calls: dict[str, Any] | None = None
         self._example: Example | None = None
         self._timeline: Timeline | None = None
         self._module: weakref.ref[nn.Module] | None = None
-        self._log_due = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
@@ -217,19 +217,14 @@ class LayerPruning(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exchange blocks if an event falls on this epoch, and log for those who monitor."""
         self._advance(trainer, pl_module)
-        for name, value in self._now.items():
-            pl_module.log(name, value, on_step=False, on_epoch=True)
-        self._log_due = True
+        self._left.on_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Exchange blocks if an event falls on this step, and show how many are left in the progress bar."""
         self._advance(trainer, pl_module)
-        if self._log_due:
-            self._log_due = False
-            for name, value in self._now.items():
-                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name == "blocks")
+        self._left.on_batch(pl_module)
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:
         """Count anew what remains."""
@@ -239,12 +234,12 @@ class LayerPruning(Callback):
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the structure of an earlier time, as after a resume."""
         self.survey(pl_module)
-        self._log_due = True
+        self._left.due = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what became of each block, to those who see a progress bar."""
         if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._table:
-            _block_table.show(self.pruning_summary(), self._now)
+            _block_table.show(self.pruning_summary(), self._left.values)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind on a module that is as it was."""
@@ -299,7 +294,7 @@ class LayerPruning(Callback):
             entry.update(reason=block.reason, macs=sizes.saved["macs"].get(block.name, 0.0))
             entry.update(params=sizes.saved["params"].get(block.name, 0.0))
         fractions = {k: sizes.total[k] / max(1.0, self._dense[k]) for k in ("blocks", *_KINDS)}
-        self._now = {"blocks": fractions["blocks"], **{f"blocks_{k}": fractions[k] for k in _KINDS}}
+        self._left.values = {"blocks": fractions["blocks"], **{f"blocks_{k}": fractions[k] for k in _KINDS}}
         return blocks, sizes
 
     def _choose(self, names: Iterable[str]) -> list[str]:
@@ -340,10 +335,10 @@ class LayerPruning(Callback):
             follow_exchange(trainer, pl_module, lambda module: _put(module, chosen, weights))
         self._level = level
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        achieved = self._now["blocks" if kind == "blocks" else f"blocks_{kind}"]
+        achieved = self._left.values["blocks" if kind == "blocks" else f"blocks_{kind}"]
         target = allowed / max(1.0, self._dense[kind])
         self._history.append({**when, "level": level, "target": target, "achieved": achieved})
-        self._log_due = True
+        self._left.due = True
 
 
 def _put(module: nn.Module, blocks: Sequence[Block], weights: Weights) -> Iterator[Swap]:

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from magnitude_cases import data, trainer
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
-from structural_cases import Kill
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from structural_cases import Kill, fitted
 from structural_cases import Net as Base
 from torch import Tensor, nn
 
@@ -78,12 +77,8 @@ def pruning_callbacks(kinds: str) -> list[Callback]:
 
 def run(folder: Path, optimizer: str, kinds: str, ckpt_path: str | None = None, *extra: Callback):
     """Train for six epochs with a checkpoint after each; a resumed run starts from other weights."""
-    callbacks = pruning_callbacks(kinds)
-    keep = ModelCheckpoint(folder, save_last=True, save_top_k=-1, filename="{epoch}")
     net = Net(optimizer, seed=1 if ckpt_path else 0)
-    fit = trainer(folder, *callbacks, keep, *extra, max_epochs=6, enable_checkpointing=True)
-    fit.fit(net, data(), data(), ckpt_path=ckpt_path)
-    return net, fit.optimizers[0], callbacks
+    return fitted(folder, net, pruning_callbacks(kinds), ckpt_path, *extra)
 
 
 if __name__ == "__main__":

@@ -99,9 +99,13 @@ def pruning_callbacks(kinds: str) -> list[Callback]:
 
 def run(folder: Path, optimizer: str, kinds: str, ckpt_path: str | None = None, *extra: Callback):
     """Train for six epochs with a checkpoint after each; a resumed run starts from other weights."""
-    callbacks = pruning_callbacks(kinds)
-    keep = ModelCheckpoint(folder, save_last=True, save_top_k=-1, filename="{epoch}")
     net = Net(optimizer, seed=1 if ckpt_path else 0)
+    return fitted(folder, net, pruning_callbacks(kinds), ckpt_path, *extra)
+
+
+def fitted(folder: Path, net: Net, callbacks: list[Callback], ckpt_path: str | None, *extra: Callback):
+    """Train for six epochs with a checkpoint after each; return network, optimizer and callbacks."""
+    keep = ModelCheckpoint(folder, save_last=True, save_top_k=-1, filename="{epoch}")
     fit = trainer(folder, *callbacks, keep, *extra, max_epochs=6, enable_checkpointing=True)
     fit.fit(net, data(), data(), ckpt_path=ckpt_path)
     return net, fit.optimizers[0], callbacks

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import layer_cases
@@ -17,8 +13,8 @@ from layer_cases import BLOCKS, Net, Residual, run
 from magnitude_cases import LIGHTNING_WARNINGS, data, size, trainer, zeros
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
-from structural_cases import assert_equal_state, macs
-from test_structural_ddp import free_port
+from structural_cases import assert_equal_state, killed_run, macs
+from test_structural_ddp import run as two_ranks
 from torch import nn
 
 from lightning_prune import EdgeExport, export
@@ -38,13 +34,6 @@ def pruning() -> LayerPruning:
     return LayerPruning(2, **ONE_FITTED)
 
 
-def in_another_process(script: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": free_port(), "MASTER_ADDR": "127.0.0.1"}
-    env.pop("LOCAL_RANK", None)
-    line = [sys.executable, str(script), *map(str, words)]
-    return subprocess.run(line, env=env, capture_output=True, text=True, check=False, timeout=300)
-
-
 QUICK = {("l", "sgd"), ("lsm", "adamw")}
 RUNS = [
     (kinds, optimizer) for kinds in ("l", "ls", "sl", "lm", "le", "lsm") for optimizer in ("sgd", "adamw")
@@ -56,8 +45,7 @@ RUNS = [
     [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in RUNS],
 )
 def test_resume_after_kill_gives_the_same_weights(tmp_path, kinds, optimizer):
-    killed = in_another_process(Path(layer_cases.__file__), tmp_path / "killed", optimizer, kinds, 3)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    killed_run(tmp_path / "killed", optimizer, kinds, 3, script=layer_cases.__file__)
     last = tmp_path / "killed" / "last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == 2
     whole, whole_optimizer, whole_callbacks = run(tmp_path / "whole", optimizer, kinds)
@@ -214,9 +202,9 @@ def test_the_export_has_the_dense_network_and_the_shallow_one(tmp_path):
 
 @pytest.mark.parametrize("score", ["output", pytest.param("loss", marks=pytest.mark.slow)])
 def test_two_ranks_exchange_the_same_blocks(tmp_path, score):
-    done = in_another_process(Path(__file__).with_name("layer_ddp.py"), tmp_path, score)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    code, ranks, errors = two_ranks(tmp_path, score, script=Path(__file__).with_name("layer_ddp.py"))
+    assert code == 0, errors[-3000:]
+    one, other = ranks
     assert one == other
     assert one["blocks"][-1] == ["Residual", "Residual", "Conv2d", "Residual", "Identity"]
     assert len(set(one["digests"])) == len(one["digests"]), "training went on"
