@@ -198,6 +198,9 @@ class _Solver:
             for left in {count - 1, count // 2} - {0}:
                 if not self._holds(demand, {place: Fraction(left, count)}):
                     self._join(places)
+                    for extent in (*_extents(demand.left), *_extents(demand.right)):
+                        for part, mark in self._tally(extent)[0].items():
+                            self.marks[part].append(mark)
                     return
 
     def _check(self, demand: Demand) -> None:
@@ -281,6 +284,12 @@ class _Solver:
 def _plain(expression: Expression) -> int:
     assert isinstance(expression, (int, Attribute))
     return expression if isinstance(expression, int) else expression.value
+
+
+def _extents(expression: Expression) -> list[Extent]:
+    if isinstance(expression, Formula):
+        return [*_extents(expression.left), *_extents(expression.right)]
+    return [expression] if isinstance(expression, Extent) else []
 
 
 def _attributes(expression: Expression) -> list[Attribute]:

@@ -194,6 +194,8 @@ def normalize(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
                 f.pin([mine], "it reads an input of fixed width")
             channels = mine
         f.unite(channels, mine)
+    if len(args) > 7 and args[5]:  # with the statistics of this very tensor, such as a weight's
+        f.pin([x for x in known.factors if set(varying(x)) - {dim}], "it is normalised over its channels")
     outs = tensors_in(out)
     f.give(outs[0], known.factors, known.source)
 

@@ -85,6 +85,7 @@ class Record:
         made: Labels of weights that make channels.
         balanced: `(labels in order, runs)`: every run must keep equally many.
         demands: Numbers that must come out right after a cut, as `structure.sizes.Demand`s.
+        grids: Labels that a view has laid out over several dimensions: what stays must be a grid too.
         guesses: Labels of what is no layer's: a view that lays them over others' drops them.
         events: The operators that found something out.
         modes: `(False,)` if the network runs alike in eval mode and as in training, or only so.
@@ -98,6 +99,7 @@ class Record:
     made: list[Tensor] = field(default_factory=list)
     balanced: list[tuple[Tensor, int]] = field(default_factory=list)
     demands: list[Any] = field(default_factory=list)
+    grids: list[Tensor] = field(default_factory=list)
     guesses: set[int] = field(default_factory=set)
     events: list[Event] = field(default_factory=list)
     results: list[Event] = field(default_factory=list)
@@ -115,7 +117,7 @@ class Record:
         self.events = [e for e in self.events if all(e.found[at][1] <= n for at, n in enumerate(since))]
 
     def _found(self) -> tuple[list[Any], ...]:
-        return self.pairs, self.pins, self.read, self.made, self.balanced, self.demands
+        return self.pairs, self.pins, self.read, self.made, self.balanced, self.demands, self.grids
 
     def event(self, since: tuple[int, ...], before: Iterable[Event | None]) -> Event | None:
         """Put together what was found out since a mark and what was done before."""
@@ -371,7 +373,27 @@ def shape_at(dim: int, rank: int, size: int) -> tuple[int, ...]:
 def classes(record: Record) -> Tensor:
     """Give every label the smallest label of its class, shape (labels,)."""
     pairs = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), *record.pairs]))
-    return connected(record.count, pairs // _WIDE, pairs % _WIDE)
+    root = connected(record.count, pairs // _WIDE, pairs % _WIDE)
+    for grid in record.grids:
+        root = _laid_out(root, grid)
+    return root
+
+
+def _laid_out(root: Tensor, grid: Tensor) -> Tensor:
+    """Make classes one until those of a grid depend on one dimension only, so that as many as can be are left."""
+    places = compress(root[grid], tuple(grid.shape))
+    if len(varying(places)) < 2:
+        return root
+    best = root
+    for dim in varying(places):
+        first = places
+        for other in varying(places):
+            first = first.narrow(other, 0, 1) if other != dim else first
+        left, right = torch.broadcast_tensors(places, first)  # type: ignore[no-untyped-call]
+        joined = connected(len(root), left.flatten(), right.flatten())[root]
+        if best is root or len(torch.unique(joined[grid])) > len(torch.unique(best[grid])):
+            best = joined
+    return best
 
 
 def connected(count: int, left: Tensor, right: Tensor) -> Tensor:

@@ -250,6 +250,7 @@ def _shaped(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out
         sizes = tuple(sizes[0])
     if not isinstance(out, Tensor) or len(sizes) != out.dim():
         return
+    _laid_out(watcher, out)
     for dim, size in enumerate(sizes):
         if isinstance(size, Size):
             extent = watcher.extent(out, dim)
@@ -258,10 +259,15 @@ def _shaped(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out
                 watcher.demand(size, extent)
 
 
+def _laid_out(watcher: Watcher, out: Tensor) -> None:
+    watcher.record.grids += [f for f in watcher.follower.of(out).factors if len(varying(f)) > 1]
+
+
 def _unflattened(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     sizes = kwargs.get("sizes", args[-1])
     if isinstance(dim, int) and isinstance(sizes, (tuple, list)):
+        _laid_out(watcher, out)
         start = dim % (out.dim() - len(sizes) + 1)
         for place, size in enumerate(sizes):
             if isinstance(size, Size):
@@ -349,11 +355,20 @@ def _normalised(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any],
             watcher.demand(size, watcher.extent(args[0], args[0].dim() - 1 - place))
 
 
+def _convolved(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A depthwise convolution has as many groups as channels."""
+    groups = args[6] if len(args) > 6 else kwargs.get("groups")
+    x = args[0] if args else kwargs["input"]
+    if isinstance(groups, Size) and groups == x.shape[-out.dim() + 1]:
+        watcher.demand(groups, watcher.extent(x, -out.dim() + 1))
+
+
 _RULES: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _shaped),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "tensor_split"), _split),
     **dict.fromkeys(("zeros", "ones", "empty", "rand", "randn", "full"), _created),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _created),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
     "unflatten": _unflattened,
     "chunk": _chunked,
     "narrow": _narrowed,

@@ -97,14 +97,24 @@ def failing(
         return _failures(passes, [group for group in groups if group.name in kept])
 
 
-def _failures(passes: Callable[[list[Group]], bool], suspects: list[Group]) -> set[str]:
-    """Find the groups that do not pass, by halving."""
+def _failures(passes: Callable[[list[Group]], bool], suspects: list[Group], tries: int = 80) -> set[str]:
+    """Find the groups that do not pass, by halving; after so many tries, all that are still suspected."""
+    left = [tries]
+
+    def tried(groups: list[Group]) -> bool:
+        left[0] -= 1
+        return left[0] >= 0 and passes(groups)
+
+    return _halved(tried, suspects)
+
+
+def _halved(passes: Callable[[list[Group]], bool], suspects: list[Group]) -> set[str]:
     if not suspects or passes(suspects):
         return set()
     if len(suspects) == 1:
         return {suspects[0].name}
     middle = len(suspects) // 2
-    failed = _failures(passes, suspects[:middle]) | _failures(passes, suspects[middle:])
+    failed = _halved(passes, suspects[:middle]) | _halved(passes, suspects[middle:])
     left = [group for group in suspects if group.name not in failed]
     if failed and passes(left):
         return failed
@@ -200,14 +210,14 @@ class Trial:
     def _prepare(self, dtype: torch.dtype | None) -> None:
         module, args, kwargs = self._source
         self.dtype = dtype
-        self.reference = copied(module)
-        for parameter in self.reference.parameters():
+        awake = copied(module)
+        for parameter in awake.parameters():
             # A zero, such as the scale a residual branch starts with, would hide whatever is behind it.
             if parameter.is_floating_point() and not bool(parameter.all()):
                 noise = torch.randn_like(parameter).mul_(0.1)
                 parameter.copy_(torch.where(parameter == 0, noise, parameter))
         if dtype is not None:
-            self.reference.to(dtype)
+            awake.to(dtype)
 
         def prepare(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
@@ -216,7 +226,10 @@ class Trial:
             return tensor.to(dtype) if dtype is not None else tensor
 
         self.args, self.kwargs = tree_map_only(Tensor, prepare, (args, kwargs))
-        _wake(self.reference, self.args, self.kwargs)
+        _wake(awake, self.args, self.kwargs)
+        # What that run left behind, such as a cache of masks, is not for a network of another width.
+        pairs = zip(_state(module), _state(awake), strict=True)
+        self.reference = copied(module, {id(theirs): ours for theirs, ours in pairs})
 
     def error(self, groups: list[Group], kept: Mapping[str, Tensor]) -> float:
         """Measure how far a cut network is from the one whose consumers of the removed channels are zero.
@@ -260,6 +273,11 @@ class Trial:
         torch.manual_seed(0)
         with running(network, training):
             return network(*self.args, **self.kwargs)
+
+
+def _state(module: nn.Module) -> list[Tensor]:
+    """List the parameters and buffers of a network, each once."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def _wake(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

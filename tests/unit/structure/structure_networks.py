@@ -554,7 +554,7 @@ CASES: dict[str, Case] = {
     "flatten": Case(Flat, image(), ("a.0", "b.0", "c")),
     "conv1d": Case(Waves, lambda: torch.randn(2, 4, 10), ("a", "b")),
     "pixel shuffle": Case(Upscaling, image(), ("a.0", "b", "c")),
-    "channel shuffle": Case(Shuffle, image(), ("branch.0.0", "out.0")),
+    "channel shuffle": Case(Shuffle, image(), ("stem.0", "branch.0.0", "out.0")),
     "channel split": Case(Split, image(), ("a.0", "b.0")),
     "tied": Case(Tied, lambda: torch.randn(2, 12), ("inner", "encoder")),
     "reused": Case(Reused, image(), ("stem.0",)),
