@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lightning_prune.deploy.loaders import batches_in_turn, captured_calls, leav
 from lightning_prune.deploy.onnx import Onnx, example_of, export_onnx
 from lightning_prune.deploy.parity import check_parity, resized
 from lightning_prune.deploy.profile import ProfileResult, profile_files
+from lightning_prune.deploy.quantize import matching_nodes
 from lightning_prune.deploy.runtime import Feed, open_session, to_feed
 from lightning_prune.deploy.tree import flatten
 from lightning_prune.errors import ConfigurationError, ProfileError, TracingError
@@ -100,7 +101,9 @@ def _export(task: Task, name: str, stage: Path, tell: Progress) -> Made:
     return Made(exported, module, calls=calls, parity=parity, macs=macs)
 
 
-def try_export(module: Any, name: str | None, call: Call, options: Onnx) -> None:
+def try_export(
+    module: Any, name: str | None, call: Call, options: Onnx, excluded: Sequence[str] = ()
+) -> None:
     """Export a submodule for nothing, to a temporary place, and compare it with PyTorch on two samples.
 
     Args:
@@ -108,9 +111,10 @@ def try_export(module: Any, name: str | None, call: Call, options: Onnx) -> None
         name: The submodule's dotted name; None is the module itself.
         call: How the submodule is called.
         options: How the files are to be written.
+        excluded: Globs of layers that are to stay in float.
 
     Raises:
-        ExportError: It cannot be exported so, or the file differs from PyTorch.
+        ExportError: It cannot be exported so, the file differs from PyTorch, or a glob matches no layer.
         TracingError: It cannot be run on the example.
     """
     module.cpu().float().eval()
@@ -119,6 +123,7 @@ def try_export(module: Any, name: str | None, call: Call, options: Onnx) -> None
     with untouched_rng(), quiet_lightning(), tempfile.TemporaryDirectory() as scratch:
         exported = export_onnx(target, Path(scratch) / "trial.onnx", *few, options)
         check_parity(target, exported, [few], axes=options.dynamic_axes)
+        matching_nodes(exported.path, excluded)
 
 
 def as_float(call: Call) -> Call:

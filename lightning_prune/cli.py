@@ -13,6 +13,7 @@ import yaml
 from lightning_prune import _commands
 from lightning_prune._lightning import NAMESPACES
 from lightning_prune.errors import LightningPruneError
+from lightning_prune.loading import read_checkpoint
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -39,10 +40,23 @@ def main(args: Sequence[str] | None = None) -> None:
         if argv and argv[0] in _commands.MEASURING:
             _commands.MEASURING[argv[0]](argv[1:])
         else:
-            run(args, namespace(argv, configs))
+            _run_or_explain(args, argv, configs)
     except LightningPruneError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         raise SystemExit(1) from None
+
+
+def _run_or_explain(args: Sequence[str] | None, argv: Sequence[str], configs: Sequence[Path]) -> None:
+    try:
+        run(args, namespace(argv, configs))
+    except LightningPruneError:
+        raise
+    except Exception:
+        # LightningCLI reads the checkpoint's hyperparameters before anyone can say that it is none.
+        for path in _values(argv, "--ckpt_path"):
+            if path not in ("best", "last", "hpc", "registry"):
+                read_checkpoint(path)
+        raise
 
 
 def run(args: Sequence[str] | None, lightning: str) -> Any:
@@ -115,6 +129,10 @@ def namespace(argv: Sequence[str], configs: Sequence[Path]) -> str:
 
 
 def _configs(argv: Sequence[str]) -> list[Path]:
-    given = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word in ("--config", "-c")]
-    given += [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+    given = [*_values(argv, "--config"), *_values(argv, "-c")]
     return [Path(name) for name in given if Path(name).is_file()]
+
+
+def _values(argv: Sequence[str], option: str) -> list[str]:
+    given = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == option]
+    return given + [word.split("=", 1)[1] for word in argv if word.startswith(f"{option}=")]

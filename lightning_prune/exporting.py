@@ -77,7 +77,7 @@ def export(
     find_submodule(module, submodule, "export")
     target = check_writable(dirpath)
     checkpoint: Mapping[str, Any] = read_checkpoint(ckpt_path) if ckpt_path is not None else {}
-    current = loaded(module, checkpoint, ckpt_path) if checkpoint else copied(module)
+    current: Any = loaded(module, checkpoint, ckpt_path) if checkpoint else copied(module)
     state = edge_state(checkpoint)
     modules: dict[str, Any] = {}
     if isinstance(baseline, (str, Path)):
@@ -116,9 +116,11 @@ def loaded(module: LightningModule, checkpoint: Mapping[str, Any], path: Any) ->
     try:
         result.load_state_dict(checkpoint["state_dict"], strict=True)
     except RuntimeError as error:
+        plain = manifest.from_checkpoint(checkpoint) is None
         raise CheckpointError(
             f"{path} does not fit {type(module).__name__}: {error} "
             "Build the module with the arguments it was trained with."
+            + (" If it was pruned, give the checkpoint that has its structure." if plain else "")
         ) from error
     return result
 

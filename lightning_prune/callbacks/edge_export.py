@@ -205,7 +205,8 @@ class EdgeExport(Callback):
             except TracingError:
                 return  # it depends on loaders that are not there yet
         try:
-            try_export(_bare_copy(pl_module), self.module, call, self.onnx)
+            excluded = self.quantize.exclude if self.quantize is not None else []
+            try_export(_bare_copy(pl_module), self.module, call, self.onnx, excluded)
         except (ExportError, TracingError) as error:
             raise type(error)(f"{error} (Found before training by EdgeExport(trial=True).)") from error
 

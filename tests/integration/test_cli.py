@@ -83,6 +83,24 @@ def test_export_without_a_checkpoint_says_what_to_add(fitted):
     assert "--ckpt_path" in done.stderr
 
 
+def test_a_checkpoint_brings_the_arguments_its_module_was_made_with(fitted):
+    folder, _ = fitted
+    words = ["--ckpt_path", "runs/digits/checkpoints/last.ckpt", "--dirpath", "without"]
+    done = command("export", "--config", "digits/config.yaml", *words, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("dense.onnx", "pruned.onnx"):
+        assert (folder / "without" / name).read_bytes() == (folder / "runs/digits/edge" / name).read_bytes()
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_sentence(fitted):
+    (fitted[0] / "text.ckpt").write_text("hello")
+    words = ["--config", "digits/config.yaml", "--ckpt_path", "text.ckpt"]
+    done = command("export", *words, cwd=fitted[0])
+    assert done.returncode == 1
+    assert "CheckpointError: text.ckpt cannot be read as a checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_inspect_names_what_can_be_pruned_and_what_cannot(fitted):
     done = command("inspect", "--config", "digits/config.yaml", cwd=fitted[0])
     assert done.returncode == 0, done.stderr[-2000:]

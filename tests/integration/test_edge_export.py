@@ -375,6 +375,27 @@ def test_what_cannot_be_exported_is_told_before_training(tmp_path, net, error, m
         running.fit(net(), loader(), None if fast_dev_run else loader(1))
 
 
+class Spectrum(Net):
+    """Uses an operator that ONNX does not have."""
+
+    def forward(self, x):
+        return self.model(x) + torch.linalg.eigvalsh(x[:, 0] @ x[:, 0].mT)[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("net", "quantize", "message"),
+    [
+        (Spectrum, Quantize(), r"Spectrum cannot be exported to ONNX: .*_linalg_eigh.*or try Onnx"),
+        (Net, Quantize(exclude=["model.30"]), r"'model.30', which matches no layer.*'model.3'"),
+    ],
+    ids=["unsupported operator", "no such layer"],
+)
+def test_what_onnx_or_the_quantizer_does_not_know_is_told_before_training(tmp_path, net, quantize, message):
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None, quantize=quantize)
+    with pytest.raises(ExportError, match=message):
+        trainer(tmp_path, [Never(), edge]).fit(net(), loader(), loader(1))
+
+
 def test_without_a_trial_the_training_begins(tmp_path):
     edge = EdgeExport(str(tmp_path / "edge"), profile=None, trial=False)
     with pytest.raises(AssertionError, match="training has begun"):
