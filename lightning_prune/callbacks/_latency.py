@@ -15,6 +15,7 @@ from lightning_prune.callbacks._events import decided
 from lightning_prune.cost import copied
 from lightning_prune.deploy import latency_table as measuring
 from lightning_prune.deploy.calls import untouched_rng
+from lightning_prune.deploy.latency_table import Target
 from lightning_prune.errors import BudgetError, LightningPruneError
 from lightning_prune.structure.budget import Budget
 from lightning_prune.structure.costs import Example
@@ -35,6 +36,7 @@ def table_for(
     recipe: Recipe,
     dense: Dense,
     example: Example,
+    target: Target,
     path: str | None,
 ) -> LatencyTable:
     """Read the table of a network's times, or measure it on the first rank.
@@ -46,6 +48,7 @@ def table_for(
         recipe: What is asked.
         dense: Its costs.
         example: Its inputs.
+        target: Where it is to be fast.
         path: Where the table is kept; None keeps it in the checkpoints alone.
 
     Returns:
@@ -59,7 +62,7 @@ def table_for(
 
     def make() -> dict[str, Any]:
         with untouched_rng():
-            return _read_or_measure(network, groups, recipe, dense, example, path).plain()
+            return _read_or_measure(network, groups, recipe, dense, example, target, path).plain()
 
     return LatencyTable.from_plain(decided(trainer, make))
 
@@ -70,15 +73,16 @@ def _read_or_measure(
     recipe: Recipe,
     dense: Dense,
     example: Example,
+    target: Target,
     path: str | None,
 ) -> LatencyTable:
     varying = {(member.tensor, member.dim) for g in groups if not g.reason for member in g.members}
     layers = measuring.observe(network, *example.single)
     key = measuring.network_key(layers, varying)
     if path is not None and Path(path).exists():
-        return LatencyTable.from_plain(measuring.read_table(path, key, measuring.this_target()))
-    times, target = measuring.measure_layers(layers, varying)
-    table = LatencyTable({name: LayerTimes(**found) for name, found in times.items()}, [], target)
+        return LatencyTable.from_plain(measuring.read_table(path, key, measuring.described(target)))
+    times, named = measuring.measure_layers(layers, varying, target)
+    table = LatencyTable({name: LayerTimes(**found) for name, found in times.items()}, [], named)
     added, modules = [LatencyCosts(network, groups, table)({})], [network]
     smallest = foresee(network, groups, replace(recipe, budget=Budget(macs=1.0)), dense, example).smallest
     for part in (*_WHOLE, smallest / dense.costs["macs"] + 1e-6):
@@ -88,7 +92,7 @@ def _read_or_measure(
             apply(smaller, plan(network, groups, trial, dense, 1.0, example))
             added.append(LatencyCosts(smaller, (), table)({}))
             modules.append(smaller)
-    whole = measuring.measure_networks(modules, *example.single)
+    whole = measuring.measure_networks(modules, *example.single, target)
     table = table.with_points(list(zip(added, whole, strict=True)))
     if path is not None:
         measuring.write_table(path, table.plain(), key)
@@ -125,6 +129,7 @@ def check(
     network: nn.Module,
     example: Example,
     predicted: float,
+    target: Target,
     before: Mapping[str, Any] | None,
 ) -> dict[str, float | None]:
     """Export the network that was just cut, and hold its measured latency against the prediction.
@@ -135,6 +140,7 @@ def check(
         network: What is traced of it.
         example: Its inputs.
         predicted: Milliseconds.
+        target: Where it is to be fast.
         before: What was found last, if nothing has been cut since.
 
     Returns:
@@ -146,7 +152,7 @@ def check(
     def make() -> list[float | None]:
         try:
             with untouched_rng():
-                return [measuring.measure_networks([network], *example.single)[0]]
+                return [measuring.measure_networks([network], *example.single, target)[0]]
         except LightningPruneError as error:  # the training is worth more than the check
             say(pl_module, f"StructuralPruning: the latency after the cut could not be measured: {error}")
             return [None]

@@ -16,6 +16,7 @@ from lightning_prune.callbacks._follow import check_strategy, follow
 from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms
+from lightning_prune.deploy.latency_table import Target
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
@@ -54,8 +55,9 @@ class StructuralPruning(Callback):
         round_to: Widths become multiples of this. `"auto"`: of 16, 8 or 4, the largest that leaves a layer a
             choice, because one channel more or less can make a layer several times slower.
         max_ratio: The largest fraction of a layer's channels that may go.
+        target: Where a budget of latency counts; None is this machine, on one thread.
         latency_table: Where the times are kept that a budget of latency is planned with, as a JSON file. They
-            are measured once, before the first training, in some seconds a layer and width; a file of another
+            are measured once, before the first training, each layer at a few widths; a file of another
             network, machine or runtime is refused. Without it they are in the checkpoints only.
         include: Globs of the layers that may lose channels.
         exclude: Globs of layers that keep theirs.
@@ -89,6 +91,7 @@ class StructuralPruning(Callback):
         example_input: Any = None,
         regularization: float = 0.0,
         recalibrate: int = 0,
+        target: Target | None = None,
         latency_table: str | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +117,9 @@ class StructuralPruning(Callback):
         self.example_input = example_input
         self.regularization = _fraction_of_loss(regularization)
         self.recalibrate = _number_of_batches(recalibrate)
+        if target is not None and not isinstance(target, Target):
+            raise ConfigurationError.of(_OWNER, "target", "a Target", target, "write Target('pi@kitchen')")
+        self.target = target
         self.latency_table = latency_table
         self._reset()
 
@@ -217,6 +223,7 @@ class StructuralPruning(Callback):
             "schedule": asdict(self.schedule),
             "regularization": self.regularization,
             "recalibrate": self.recalibrate,
+            "target": None if self.target is None else asdict(self.target),
             "latency_table": self.latency_table,
         }
         return {**recipe, **others, **lists}
@@ -248,8 +255,9 @@ class StructuralPruning(Callback):
         if self._dense is None:
             self._dense = measure(network, groups, self._example)
             if self.budget.kind == "latency":
-                asked = (self.recipe, self._dense, self._example, self.latency_table)
-                self._times = _latency.table_for(trainer, network, groups, *asked)
+                known = (self.recipe, self._dense, self._example)
+                wanted = (self.target or Target(), self.latency_table)
+                self._times = _latency.table_for(trainer, network, groups, *known, *wanted)
                 self._dense = measure(network, groups, self._example, self._meters)
         self._take_stock(network, groups)
         meter = self._meters[self.budget.kind]
@@ -351,7 +359,8 @@ class StructuralPruning(Callback):
             assert self._dense is not None
             predicted = achieved * self._dense.costs["latency"]
             before = self._history[-1] if self._history and not change else None
-            entry |= _latency.check(trainer, pl_module, network, self._example, predicted, before)
+            where = self.target or Target()
+            entry |= _latency.check(trainer, pl_module, network, self._example, predicted, where, before)
         self._history.append(entry)
         self._log_due = True
 

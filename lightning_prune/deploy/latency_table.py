@@ -11,9 +11,10 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,51 @@ from lightning_prune.cost import copied, eval_mode
 from lightning_prune.deploy.files import write_whole
 from lightning_prune.deploy.interface import Interface
 from lightning_prune.deploy.onnx import Onnx, export_onnx
+from lightning_prune.deploy.remote import Unpacked, check_host, run_archive
 from lightning_prune.deploy.runtime import OnnxModule, require_onnxruntime
 from lightning_prune.errors import ConfigurationError, LightningPruneError, ProfileError
 
 SCHEMA = 1
+_TIMEOUT = 1800.0  # seconds for a slow device
 _CHILD = Path(__file__).with_name("_latency_child.py")
 _PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where latency counts: this machine, or another one that `ssh` reaches.
+
+    The other machine needs `sh`, `tar`, Python, numpy and onnxruntime.
+
+    Args:
+        host: `user@host`, or a name from `~/.ssh/config`; None is this machine.
+        threads: Threads of the runtime.
+        python: The other machine's Python.
+        ssh_options: Further options of `ssh`, such as `["-p", "2222"]`.
+
+    Raises:
+        ConfigurationError: A value is wrong.
+
+    Example:
+        >>> Target("pi@kitchen", threads=4).threads
+        4
+    """
+
+    host: str | None = None
+    threads: int = 1
+    python: str = "python3"
+    ssh_options: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.host is not None:
+            check_host(self.host, "Target")
+        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
+            raise ConfigurationError.of("Target", "threads", "a whole number from 1", self.threads)
+
+
+HERE = Target()
 
 
 @dataclass(frozen=True)
@@ -152,17 +191,18 @@ def layer_file(layer: Layer, first: int, second: int, inputs: tuple[int, ...], c
 
 
 def measure_layers(
-    layers: Iterable[Layer], varying: Collection[tuple[str, int]], *, threads: int = 1
+    layers: Iterable[Layer], varying: Collection[tuple[str, int]], target: Target = HERE
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Time every layer at the widths it may take.
 
     Args:
         layers: From `observe`.
         varying: `(weight, dimension)` of the dimensions that may shrink; the others are timed as they are.
-        threads: Threads of the runtime.
+        target: Where.
 
     Returns:
-        `{weight: {"first": sizes, "second": sizes, "ms": times by first and second size}}`, and the target.
+        `{weight: {"first": sizes, "second": sizes, "ms": times by first and second size}}`, and the target
+        as text.
 
     Raises:
         ProfileError: The measurement fails.
@@ -201,7 +241,7 @@ def measure_layers(
             [_file(number, copies) for number in cycle for copies in (1, 2)]
             for cycle in _cycles(list(cells.values()))
         ]
-        times, target = time_files(scratch, cycles, threads=threads)
+        times, named = time_files(scratch, cycles, target)
     # What a second copy adds: without the call of the runtime, and without the changes of memory layout at
     # the ends of a network, which a file of one layer pays for and a layer amid others does not.
     alone = [max(0.0, times[_file(n, 2)] - times[_file(n, 1)]) for n in range(len(files))]
@@ -211,7 +251,7 @@ def measure_layers(
         # At widths like these less is never slower: where it seems so, something disturbed.
         ms = np.maximum.accumulate(np.maximum.accumulate(ms, axis=0), axis=1)
         found[weight] = {"first": sides[weight][0], "second": sides[weight][1], "ms": ms.tolist()}
-    return found, target
+    return found, named
 
 
 def _file(number: int, copies: int) -> str:
@@ -232,8 +272,7 @@ def measure_networks(
     modules: Sequence[nn.Module],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    *,
-    threads: int = 1,
+    target: Target = HERE,
 ) -> list[float]:
     """Export networks, and time the files on one sample.
 
@@ -241,7 +280,7 @@ def measure_networks(
         modules: The networks; they stay as they are.
         args: Positional inputs, of one sample.
         kwargs: Keyword inputs.
-        threads: Threads of the runtime.
+        target: Where.
 
     Returns:
         Milliseconds of each.
@@ -258,7 +297,7 @@ def measure_networks(
             interface = _export(copied(module).cpu().float(), path, *call)
             np.savez(path.with_suffix(".npz"), **OnnxModule(path, interface).feed(*call))  # type: ignore[arg-type]
             names.append(path.name)
-        times, _ = time_files(scratch, [[name] for name in names] * 3, threads=threads)
+        times, _ = time_files(scratch, [[name] for name in names] * 3, target)
     return [times[name] for name in names]
 
 
@@ -278,32 +317,49 @@ def _to_cpu(inputs: Any) -> Any:
 
 
 def time_files(
-    folder: str | Path, cycles: Sequence[Sequence[str]], *, threads: int = 1
+    folder: str | Path, cycles: Sequence[Sequence[str]], target: Target = HERE
 ) -> tuple[dict[str, float], str]:
     """Time ONNX files with ONNX Runtime, in a process of its own.
 
     Args:
         folder: Where they are, each with its inputs as an `.npz` beside it, or with shapes to make some up.
         cycles: Names of those that are run in turn, together.
-        threads: Threads of the runtime; on one, computing time counts.
+        target: Where they are run. On one thread, computing time counts.
 
     Returns:
         Milliseconds by name, and the target as text.
 
     Raises:
-        ProfileError: The process fails.
+        ProfileError: The process fails, or the other machine cannot be reached.
     """
-    require_onnxruntime("measuring latency")
-    job = {"threads": threads, "cycles": [list(names) for names in cycles]}
+    job = {"threads": target.threads, "cycles": [list(names) for names in cycles]}
     (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    done = _run_here(folder, target) if target.host is None else _run_there(folder, target.host, target)
+    try:
+        result = json.loads(done.stdout.splitlines()[-1])
+        return result["ms"], result["target"]
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        where = f" on {target.host}" if target.host else ""
+        reason = " ".join(done.stderr.split())[-400:] or f"exit status {done.returncode}"
+        raise ProfileError(f"Timing layers{where} failed: {reason}.") from error
+
+
+def _run_here(folder: str | Path, target: Target) -> subprocess.CompletedProcess[str]:
+    require_onnxruntime("measuring latency")
     # Isolated, so that modules of this package cannot be taken for those of the standard library.
     command = [sys.executable, "-I", str(_CHILD), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ProfileError(f"Timing layers failed: {' '.join(done.stderr.split())[-400:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result["ms"], result["target"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(target.threads)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def _run_there(folder: str | Path, host: str, target: Target) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "layers.tar.gz"
+        with tarfile.open(archive, "w:gz", compresslevel=1) as packed:
+            packed.add(folder, "layers")
+            packed.add(_CHILD, _CHILD.name)
+        command = [target.python, Unpacked(_CHILD.name), Unpacked("layers")]
+        return run_archive(archive, host, command, ssh_options=target.ssh_options, timeout=_TIMEOUT)
 
 
 # ------------------------------------------------------------------ the file
@@ -357,7 +413,11 @@ def read_table(path: str | Path, network: str, target: str) -> dict[str, Any]:
     return table
 
 
-def this_target(threads: int = 1) -> str:
-    """Describe this machine and its runtime, as a table does."""
+def described(target: Target) -> str:
+    """Describe a target's hardware and runtime, as a table does.
+
+    Raises:
+        ProfileError: It cannot be reached.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        return time_files(scratch, (), threads=threads)[1]
+        return time_files(scratch, (), target)[1]

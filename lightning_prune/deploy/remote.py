@@ -55,34 +55,69 @@ def run_over_ssh(
         ExportError: The bundle was changed.
         MissingDependencyError: There is no `ssh`.
     """
-    if not host or host.startswith("-") or any(c.isspace() for c in host):
-        raise ConfigurationError.of("run_over_ssh", "host", "`user@host`", host)
-    if shutil.which("ssh") is None:
-        raise MissingDependencyError.of("ssh", "profiling a device", "an OpenSSH client")
+    check_host(host, "run_over_ssh")
     name = Path(dirpath).resolve().name
-    runner = [python, f"$d/{name}/{RUNNER}", "--rounds", str(rounds), "--seconds", str(seconds)]
-    runner += ["--threads", str(threads)]
-    # The path holds a variable of the remote shell, and must not be quoted away from it.
-    words = " ".join(
-        f'"$d"/{shlex.quote(f"{name}/{RUNNER}")}' if "$d" in w else shlex.quote(w) for w in runner
-    )
+    arguments = ["--rounds", str(rounds), "--seconds", str(seconds), "--threads", str(threads)]
+    command = [python, Unpacked(f"{name}/{RUNNER}"), *arguments]
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = archive_bundle(dirpath, Path(scratch) / "bundle.tar.gz")
+        done = run_archive(archive, host, command, ssh_options=ssh_options, timeout=timeout)
+    return parse_result(done.stdout, done.returncode, done.stderr, host)
+
+
+class Unpacked(str):
+    """A path inside what was sent."""
+
+    __slots__ = ()
+
+
+def check_host(host: object, owner: str) -> None:
+    """Refuse what `ssh` would not take for a host.
+
+    Raises:
+        ConfigurationError: The host is malformed.
+    """
+    if not isinstance(host, str) or not host or host.startswith("-") or any(c.isspace() for c in host):
+        raise ConfigurationError.of(owner, "host", "`user@host`", host)
+
+
+def run_archive(
+    archive: Path, host: str, command: Sequence[str], *, ssh_options: Sequence[str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Send an archive to a machine, unpack it there into a temporary directory, and run a command.
+
+    Args:
+        archive: A gzipped tar file.
+        host: `user@host`, or a name from `~/.ssh/config`.
+        command: The words of the command; those that are `Unpacked` become paths.
+        ssh_options: Further options of `ssh`.
+        timeout: Seconds after which the device is given up.
+
+    Returns:
+        The finished command.
+
+    Raises:
+        ProfileError: It did not answer in time.
+        MissingDependencyError: There is no `ssh`.
+    """
+    if shutil.which("ssh") is None:
+        raise MissingDependencyError.of("ssh", "measuring on a device", "an OpenSSH client")
+    # The directory is a variable of the remote shell, and must not be quoted away from it.
+    words = " ".join(f'"$d"/{shlex.quote(w)}' if isinstance(w, Unpacked) else shlex.quote(w) for w in command)
     script = (
         'set -e; d=$(mktemp -d); trap "rm -rf \\"$d\\"" EXIT HUP TERM; '
         f'tar -xzf - -C "$d"; set +e; {words}; s=$?; exit $s'
     )
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
     options += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", *ssh_options]
-    with tempfile.TemporaryDirectory() as scratch:
-        archive = archive_bundle(dirpath, Path(scratch) / "bundle.tar.gz")
-        try:
-            with archive.open("rb") as packed:
-                done = subprocess.run(
-                    ["ssh", *options, host, script],
-                    stdin=packed, capture_output=True, text=True, timeout=timeout, check=False,
-                )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise ProfileError(f"{host} did not answer within {timeout:g} s.") from error
-    return parse_result(done.stdout, done.returncode, done.stderr, host)
+    try:
+        with archive.open("rb") as packed:
+            return subprocess.run(
+                ["ssh", *options, host, script],
+                stdin=packed, capture_output=True, text=True, timeout=timeout, check=False,
+            )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ProfileError(f"{host} did not answer within {timeout:g} s.") from error
 
 
 def parse_result(output: str, status: int, errors: str, host: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ EXPECTED = {
     "Schedule",
     "SparseTraining",
     "StructuralPruning",
+    "Target",
     "__version__",
     "export",
     "load_pruned",

@@ -27,7 +27,7 @@ from lightning_prune.deploy import latency_table
 SCHEDULE = Schedule("linear", 0, 3, unit="epoch")
 
 
-def known_times(folder: Any, cycles: Any, *, threads: int = 1) -> tuple[dict[str, float], str]:
+def known_times(folder: Any, cycles: Any, target: Any = None) -> tuple[dict[str, float], str]:
     """A runtime that takes a microsecond a weight of more than one dimension, and 3 a call."""
 
     def ms(name: str) -> float:

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from export_cases import Net, loader
+from torch import nn
 
-from lightning_prune import cli, export
+from lightning_prune import Target, cli, export
+from lightning_prune.deploy import latency_table
 from lightning_prune.deploy.remote import parse_result, run_over_ssh
 from lightning_prune.errors import ConfigurationError, ExportError, ProfileError
 from lightning_prune.report.device import measurement_of, merge_device
@@ -293,3 +296,44 @@ def test_the_command_signs_and_encrypts_a_copy(bundle, tmp_path, command, monkey
     models = ["dense.int8.onnx.enc", "dense.onnx.enc"]
     assert names == [*models, "manifest.json", "manifest.json.sig", "run.py", "samples.npz"]
     assert "need --target DIRECTORY" in command("bundle", "edge", "--sign=key.pem").stderr
+
+
+# ------------------------------------------------------------------ timing layers there
+
+
+@needs_sshd
+def test_layers_are_timed_on_the_device_that_is_asked_for(server, tmp_path):
+    host, options = server
+    device = Target(host, python=sys.executable, ssh_options=options)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU())
+    layers = latency_table.observe(net, (torch.zeros(1, 3, 8, 8),), {})
+    times, target = latency_table.measure_layers(layers, {("0.weight", 0)}, device)
+    assert target == latency_table.described(Target())  # the loopback is this machine
+    assert times["0.weight"]["first"] == [16, 32]
+    assert times["0.weight"]["ms"][1][0] > 0
+    assert latency_table.measure_networks([net], (torch.zeros(1, 3, 8, 8),), {}, device)[0] > 0
+
+
+@needs_sshd
+def test_a_device_without_a_runtime_says_what_is_missing(server, tmp_path):
+    host, options = server
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no site-packages
+    bare.chmod(0o755)
+    with pytest.raises(
+        ProfileError, match=r"Timing layers on .*127\.0\.0\.1 failed: .*No module named 'onnxruntime'"
+    ):
+        latency_table.described(Target(host, python=str(bare), ssh_options=options))
+
+
+def test_an_unreachable_device_is_named():
+    with pytest.raises(ProfileError, match=r"Timing layers on nobody@127\.0\.0\.1 failed"):
+        latency_table.described(Target("nobody@127.0.0.1", ssh_options=["-p", "1"]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("host", ""), ("host", "-oProxyCommand=x"), ("host", "a b"), ("threads", 0)]
+)
+def test_wrong_targets_are_refused(argument, value):
+    with pytest.raises(ConfigurationError, match=f"Target: `{argument}` must be"):
+        Target(**{argument: value})

@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LightningCLI
 from structural_cases import Net, assert_equal_state, killed_run
 from test_structural_ddp import run as run_on_two_ranks
 
-from lightning_prune import AccuracyGuard, Budget, LayerPruning, StructuralPruning
+from lightning_prune import AccuracyGuard, Budget, LayerPruning, StructuralPruning, Target
 from lightning_prune.deploy import latency_table
 from lightning_prune.errors import BudgetError, ConfigurationError, ProfileError
 
@@ -149,17 +149,21 @@ trainer:
   enable_progress_bar: false
   callbacks:
     - class_path: StructuralPruning
-      init_args: {budget: {latency_ms: 8.0}, latency_table: table.json}
+      init_args:
+        budget: {latency_ms: 8.0}
+        target: {host: pi@kitchen, threads: 4}
+        latency_table: table.json
 """
 
 
-def test_it_is_one_line_of_yaml(tmp_path, monkeypatch):
+def test_it_can_be_given_in_yaml(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["test"])
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG)
     cli = LightningCLI(Net, run=False, args=["--config", str(path)], save_config_callback=None)
     found = next(c for c in cli.trainer.callbacks if isinstance(c, StructuralPruning))
     assert found.budget == Budget(latency_ms=8.0)
+    assert found.target == Target("pi@kitchen", threads=4)
     assert found.latency_table == "table.json"
 
 

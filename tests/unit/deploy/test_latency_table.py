@@ -99,7 +99,7 @@ def test_times_are_positive_and_less_is_never_slower():
         assert (np.diff(ms, axis=1) >= 0).all()
     assert max(times["0.weight"]["ms"])[0] > 0
     assert "onnxruntime" in target
-    assert target == lt.this_target()
+    assert target == lt.described(lt.Target())
 
 
 def test_whole_networks_are_timed_as_files_and_stay_as_they_are():
