@@ -207,9 +207,8 @@ class LayerPruning(Callback):
         self._timeline = _clock.plan(trainer, pl_module, self.schedule)
         blocks, sizes = self.look(trainer, pl_module)
         if self.score == "loss" and self._level < 1.0:
-            judge(
-                trainer, pl_module, [], "loss", 1, self._run
-            )  # or the user learns of it when the cut is due
+            # Refuses steps that tell no loss now, not when the first block is due.
+            judge(trainer, pl_module, [], "loss", 1, self._run)
         outlook = self.foresee(pl_module, blocks, sizes)
         if trainer.is_global_zero and trainer.progress_bar_callback is not None:
             show(outlook, blocks, title="Layer pruning", parts="blocks")

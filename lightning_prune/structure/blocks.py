@@ -261,7 +261,7 @@ def _projection(x: Tensor, out: Tensor, block: nn.Module) -> nn.Module | None:
 def _prove(module: nn.Module, blocks: list[Block], example: Example) -> list[Block]:
     """Protect the blocks whose exchange does something else than it should."""
     free = [block for block in blocks if not block.reason]
-    with repeatable():
+    with repeatable(), torch.enable_grad():
         reasons: dict[str, str] = {}
         passed = free
         if free and _trial(module, free, example):

@@ -102,7 +102,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        name = func._schema.name.removeprefix("aten::").strip("_")
+        name = str(func).split(".")[1].strip("_")  # of `aten.add_.Tensor`
         depends = frozenset().union(*map(self.depends, inputs)) & set(self.open)
         held = frozenset().union(*map(self.held, inputs)) & depends
         if name in _SUMS:
