@@ -300,6 +300,16 @@ def test_what_cannot_go_stays_with_its_reason(make, reason):
     assert block.becomes == "stays"
 
 
+def test_outputs_may_be_nested_empty_whole_numbers_and_flags():
+    class Detector(Twice):
+        def forward(self, x):
+            boxes = self.last(self.block(self.first(x)))
+            return [{"boxes": boxes, "none": boxes[:, :0], "labels": boxes.argmax(-1), "keep": boxes > 0}]
+
+    (block,) = blocks_of(Detector(), tokens())
+    assert block.becomes == "identity"
+
+
 def test_the_last_thing_that_learns_stays():
     net = nn.Sequential(Add(mlp()), Add(mlp()))
     first, second = blocks_of(net, tokens())
