@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from lightning_prune import _bundle_commands
+from lightning_prune import _bundle_commands, _plan_table, planning
 from lightning_prune import sensitivity as analysis
 from lightning_prune.callbacks import _network
 from lightning_prune.callbacks._block_table import candidates
@@ -24,14 +24,14 @@ from lightning_prune.deploy.calls import submodule
 from lightning_prune.deploy.files import write_whole
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.errors import BudgetError, ConfigurationError
-from lightning_prune.exporting import export, loaded
+from lightning_prune.exporting import export, find_data, loaded
 from lightning_prune.loading import read_checkpoint
 from lightning_prune.portable import save_state
 from lightning_prune.report.compare import compare_files, print_comparison
 from lightning_prune.report.profiled import profile_report
 from lightning_prune.report.table import print_table
 from lightning_prune.selection import assign, match_names, select_weights
-from lightning_prune.structure.budget import widths
+from lightning_prune.structure.budget import Budget, widths
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.plan import Dense, foresee, measure, survey
 
@@ -41,6 +41,7 @@ class Commands:
 
     callbacks: list[Any]
     datamodule: Any
+    given_config: dict[str, Any]
 
     def export(
         self,
@@ -132,6 +133,52 @@ class Commands:
         console = Console()
         console.print(paths[-1].read_text(), highlight=False, soft_wrap=True)
         console.print(f"{found.metric} {found.value:.4g} before; see {', '.join(map(str, paths))}")
+
+    def plan(
+        self,
+        model: Any,
+        datamodule: Any = None,
+        budget: Budget | None = None,
+        latency_ms: float | None = None,
+        seconds: float = 18.0,
+        output: str = "plan.yaml",
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure what structural pruning, low rank and 8 bits would come to, and write a config.
+
+        Nothing is trained.
+
+        Args:
+            model: The LightningModule.
+            datamodule: Gives real inputs.
+            budget: What may remain, in `macs` or `params`; by default half of the MACs.
+            latency_ms: What a run of one sample may take; then that decides what is reachable.
+            seconds: About how long to measure.
+            output: Where the config goes.
+            ckpt_path: A checkpoint to start from.
+            weights_only: Has no effect: a checkpoint is always read so.
+        """
+        if ckpt_path is not None:
+            model = loaded(model, read_checkpoint(ckpt_path), ckpt_path)
+        data = find_data(model, datamodule, None)
+        how = next((c for c in self.callbacks if isinstance(c, EdgeExport)), None)
+        with progress_bar() as tell:
+            found = planning.make_plan(
+                model,
+                data,
+                budget or Budget(macs=0.5),
+                latency_ms=latency_ms,
+                callbacks=self.callbacks,
+                submodule=None if how is None else how.module,
+                profile=Profile(max_seconds=seconds, operators=False, roofline=False),
+                progress=tell,
+            )
+        _plan_table.show(found)
+        config = planning.starting_config(self.given_config, found)
+        if config is not None:
+            write_whole(output, config.encode())
+            Console().print(f"Start from {output}: lightning-prune fit --config {output}", soft_wrap=True)
 
     def inspect(
         self,

@@ -73,7 +73,9 @@ def run(args: Sequence[str] | None, lightning: str) -> Any:
     cli = import_module(f"{lightning}.cli")
 
     class Trainer(_commands.Commands, base.Trainer):  # type: ignore[misc, name-defined]
-        """Lightning's Trainer, with the methods behind `export`, `inspect` and `sensitivity`."""
+        """Lightning's Trainer, with the methods behind this package's subcommands."""
+
+        given_config = _contents(_configs(list(sys.argv[1:] if args is None else args)))
 
     class PruneCLI(cli.LightningCLI):  # type: ignore[misc, name-defined]
         """Lightning's command line, with the subcommands of this package."""
@@ -81,7 +83,7 @@ def run(args: Sequence[str] | None, lightning: str) -> Any:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             """Lightning's subcommands and ours, with the arguments that a config cannot give."""
-            ours = {name: {"model", "datamodule"} for name in ("export", "inspect", "sensitivity")}
+            ours = {name: {"model", "datamodule"} for name in ("export", "inspect", "plan", "sensitivity")}
             return {**cli.LightningCLI.subcommands(), **ours}
 
     Trainer.__module__ = __name__
@@ -126,6 +128,17 @@ def namespace(argv: Sequence[str], configs: Sequence[Path]) -> str:
             if any(base.__module__.startswith(f"{lightning}.") for base in bases):
                 return lightning
     return NAMESPACES[0]
+
+
+def _contents(configs: Sequence[Path]) -> dict[str, Any]:
+    """Read config files into one; of what several say, the last counts."""
+    found: dict[str, Any] = {}
+    for config in configs:
+        content = yaml.safe_load(config.read_text())
+        if isinstance(content, dict):
+            trainer = {**(found.get("trainer") or {}), **(content.get("trainer") or {})}
+            found = {**found, **content, "trainer": trainer}
+    return found
 
 
 def _configs(argv: Sequence[str]) -> list[Path]:

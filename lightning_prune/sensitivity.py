@@ -20,6 +20,7 @@ from lightning_prune.errors import ConfigurationError, near_matches
 from lightning_prune.exporting import find_data
 from lightning_prune.report.pareto import falls
 from lightning_prune.selection import match_names, select_weights
+from lightning_prune.structure.costs import Example
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import magnitude
 from lightning_prune.structure.plan import survey
@@ -217,6 +218,14 @@ def _zeroing(name: str, level: float) -> Callable[[Any], None]:
     return zero
 
 
+def traced_with(module: Any, data: Data, example_input: Any, owner: str) -> tuple[Any, Example]:
+    """Find out what to trace and with which inputs, where no Trainer runs; see `callbacks._network.find`."""
+    with quiet_lightning():
+        trainer = cpu_trainer(module)
+        trainer.datamodule = _Loaders(data)
+        return _network.find(trainer, module, example_input, owner)
+
+
 class _Loaders:
     """The loaders at hand, as a datamodule has them."""
 
@@ -232,10 +241,7 @@ def _narrowings(
     exclude: Sequence[str],
     example_input: Any,
 ) -> Iterator[Change]:
-    with quiet_lightning():
-        trainer = cpu_trainer(module)
-        trainer.datamodule = _Loaders(data)
-        calls, example = _network.find(trainer, module, example_input, _OWNER)
+    calls, example = traced_with(module, data, example_input, _OWNER)
     network = _network.traced(module, calls)
     groups = survey(network, example, lambda names: match_names(names, include, exclude, _OWNER))
     for group in groups:

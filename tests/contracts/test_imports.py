@@ -33,6 +33,8 @@ LAYERS = {
     "callbacks": 5,
     "_bundle_commands": 6,
     "_sensitivity_files": 4,
+    "planning": 5,
+    "_plan_table": 5,
     "sensitivity": 5,
     "_commands": 6,
     "cli": 7,
