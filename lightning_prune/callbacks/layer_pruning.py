@@ -16,6 +16,7 @@ from lightning_prune.callbacks._events import emit
 from lightning_prune.callbacks._follow import check_strategy, follow_exchange
 from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._preflight import show
+from lightning_prune.callbacks._recalibrate import recalibrate_norms
 from lightning_prune.errors import BudgetError, ConfigurationError
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
@@ -73,6 +74,8 @@ class LayerPruning(Callback):
             whatever it computes.
         exclude: Globs of blocks that stay.
         calibration_batches: On how many batches of the training data blocks are scored and layers fitted.
+        recalibrate: With how many training batches the running statistics of batch normalisation are
+            estimated anew after an exchange; 0: they follow training only.
         example_input: As in `StructuralPruning`.
 
     Raises:
@@ -93,6 +96,7 @@ class LayerPruning(Callback):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         calibration_batches: int = 4,
+        recalibrate: int = 0,
         example_input: Any = None,
     ) -> None:
         super().__init__()
@@ -102,15 +106,17 @@ class LayerPruning(Callback):
         for name, value, known in (("score", score, SCORES), ("replace", replace, REPLACEMENTS)):
             if value not in known:
                 raise ConfigurationError.of(_OWNER, name, f"one of {list(known)}", value)
-        if type(calibration_batches) is not int or calibration_batches < 1:
-            expected = "a whole number of at least 1"
-            raise ConfigurationError.of(_OWNER, "calibration_batches", expected, calibration_batches)
+        batches = (("calibration_batches", calibration_batches, 1), ("recalibrate", recalibrate, 0))
+        for name, count, least in batches:
+            if type(count) is not int or count < least:
+                raise ConfigurationError.of(_OWNER, name, f"a whole number of at least {least}", count)
         self.schedule = schedule
         self.score = score
         self.replace = replace
         self.include = [include] if isinstance(include, str) else list(include)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.calibration_batches = calibration_batches
+        self.recalibrate = recalibrate
         self.example_input = example_input
         self._reset()
 
@@ -184,7 +190,7 @@ class LayerPruning(Callback):
     def _config(self) -> dict[str, Any]:
         budget = self.budget
         amount = {"blocks": budget} if isinstance(budget, int) else {budget.kind: budget.fraction}
-        names = ("score", "replace", "include", "exclude", "calibration_batches")
+        names = ("score", "replace", "include", "exclude", "calibration_batches", "recalibrate")
         return {
             "budget": amount,
             "schedule": asdict(self.schedule),
@@ -332,6 +338,9 @@ class LayerPruning(Callback):
             for block in chosen:
                 self._table[block.name]["became"] = block.becomes
             follow_exchange(trainer, pl_module, lambda module: _put(module, chosen, weights))
+            if self.recalibrate:
+                network = _network.traced(pl_module, self._calls)
+                recalibrate_norms(trainer, pl_module, network, self._calls, self.recalibrate)
         self._level = level
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         achieved = self._left.values["blocks" if kind == "blocks" else f"blocks_{kind}"]

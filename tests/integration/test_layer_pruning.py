@@ -390,6 +390,7 @@ WRONG = {
     "score": (lambda: LayerPruning(score="bi"), ConfigurationError, "'output'"),
     "replace": (lambda: LayerPruning(replace="linear"), ConfigurationError, "'cheaper'"),
     "schedule": (lambda: LayerPruning(schedule=0.5), ConfigurationError, "Schedule"),
+    "recalibrate": (lambda: LayerPruning(recalibrate=-1), ConfigurationError, "at least 0"),
     "no batches": (lambda: LayerPruning(calibration_batches=0), ConfigurationError, "at least 1"),
 }
 
@@ -440,6 +441,27 @@ def test_what_was_put_by_hand_is_no_block(tmp_path):
     pruning = LayerPruning(1, schedule=NOW)
     fit(tmp_path, pruning, net=net, max_epochs=2)
     assert [block["name"] for block in pruning.pruning_summary()["blocks"]] == BLOCKS[1:]
+
+
+def test_statistics_of_normalisation_are_estimated_anew_after_an_exchange(tmp_path):
+    found = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found.setdefault("net", copy.deepcopy(pl_module))
+
+    layers = LayerPruning(1, schedule=Schedule("one_shot", 0), include=["two.1"], recalibrate=8)
+    fit(tmp_path, layers, Watch(), max_epochs=1)
+    net, means = found["net"], []
+    assert isinstance(net.two[1], nn.Identity)
+    estimated = net.two[2].norm1.running_mean.clone()
+    handle = net.two[2].norm1.register_forward_pre_hook(
+        lambda norm, args: means.append(args[0].mean((0, 2, 3)))
+    )
+    for batch in data():
+        net.train()(batch[0])
+    handle.remove()
+    torch.testing.assert_close(estimated, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_guard_takes_a_block_too_many_back(tmp_path):
