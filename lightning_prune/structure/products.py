@@ -246,9 +246,22 @@ def embedding(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def attention(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Fused attention, as its two products."""
-    query, key, value = args[:3]
+    query = args[0]
+    key, value = (_shared(f, tensor, query) for tensor in args[1:3])
     scores = query.new_empty((*query.shape[:-1], key.shape[-2]))
     result = tensors_in(out)[0]
     names = "abcd"[: query.dim() - 2]
     contract(f, query, key, scores, f"{names}nk,{names}mk->{names}nm")
     contract(f, scores, value, result, f"{names}nm,{names}md->{names}nd")
+
+
+def _shared(f: Follower, tensor: Tensor, query: Tensor) -> Tensor:
+    """Keys or values as every head of the queries has them, where several share one."""
+    if tensor.dim() < 3 or tensor.shape[-3] == query.shape[-3]:
+        return tensor
+    repeats = query.shape[-3] // tensor.shape[-3]
+    known, dim = f.of(tensor), tensor.dim() - 3
+    factors = [x.repeat_interleave(repeats, dim) if dim in varying(x) else x for x in known.factors]
+    repeated = tensor.new_empty((*tensor.shape[:-3], query.shape[-3], *tensor.shape[-2:]))
+    f.give(repeated, factors, known.source)
+    return repeated

@@ -86,6 +86,8 @@ class Record:
         balanced: `(labels in order, runs)`: every run must keep equally many.
         demands: Numbers that must come out right after a cut, as `structure.sizes.Demand`s.
         grids: Labels that a view has laid out over several dimensions: what stays must be a grid too.
+        broadcasts: Labels that met others which depend on more dimensions, such as a weight for each channel
+            of a head: if the heads go whole, it stays.
         guesses: Labels of what is no layer's: a view that lays them over others' drops them.
         events: The operators that found something out.
         modes: `(False,)` if the network runs alike in eval mode and as in training, or only so.
@@ -100,6 +102,7 @@ class Record:
     balanced: list[tuple[Tensor, int]] = field(default_factory=list)
     demands: list[Any] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
+    broadcasts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     guesses: set[int] = field(default_factory=set)
     events: list[Event] = field(default_factory=list)
     results: list[Event] = field(default_factory=list)
@@ -117,7 +120,16 @@ class Record:
         self.events = [e for e in self.events if all(e.found[at][1] <= n for at, n in enumerate(since))]
 
     def _found(self) -> tuple[list[Any], ...]:
-        return self.pairs, self.pins, self.read, self.made, self.balanced, self.demands, self.grids
+        return (
+            self.pairs,
+            self.pins,
+            self.read,
+            self.made,
+            self.balanced,
+            self.demands,
+            self.grids,
+            self.broadcasts,
+        )
 
     def event(self, since: tuple[int, ...], before: Iterable[Event | None]) -> Event | None:
         """Put together what was found out since a mark and what was done before."""
@@ -225,6 +237,11 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 factor = factor.reshape((1,) * (rank - factor.dim()) + tuple(factor.shape))
                 for other in [other for other in merged if _overlap(other, factor)]:
                     merged = [m for m in merged if m is not other]
+                    small, large = sorted((other, factor), key=lambda x: len(varying(x)))
+                    if set(varying(small)) < set(varying(large)):
+                        self.record.broadcasts.append((small, large))
+                        factor = large
+                        continue
                     self.unite(other, factor)
                     first, second = (factor, other) if self._guessed(other) else (other, factor)
                     factor = torch.where(first > 0, first, second)
@@ -243,7 +260,13 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = self.rules.get(name) or self.rules.get(name.rstrip("_")) or self.fallback
         inputs = [self.of(tensor).event for tensor in tensors_in((args, kwargs))]
         since = self.record.mark()
-        rule(self, func, args, kwargs, out)
+        try:
+            rule(self, func, args, kwargs, out)
+        except Exception:  # noqa: BLE001 - a call that a rule does not foresee is one without a rule
+            for tensor in tensors_in((args, kwargs)):
+                self.pin(self.of(tensor).factors, f"it goes through {name}")
+            for tensor in tensors_in(out):
+                self.known[tensor] = Labels([], DATA)
         self._happened(func, args, kwargs, out, self.record.event(since, inputs))
         return out
 
@@ -374,13 +397,30 @@ def classes(record: Record) -> Tensor:
     """Give every label the smallest label of its class, shape (labels,)."""
     pairs = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), *record.pairs]))
     root = connected(record.count, pairs // _WIDE, pairs % _WIDE)
-    for grid in record.grids:
-        root = _laid_out(root, grid)
-    return root
+    while True:
+        before = root
+        for small, large in record.broadcasts:
+            root = _met(root, small, large)
+        for grid in record.grids:
+            root = _laid_out(root, grid)
+        if root is before:
+            return root
+
+
+def _met(root: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """Join labels with those that they met, unless classes there depend on other dimensions only."""
+    places = compress(root[large], tuple(large.shape))
+    if not set(varying(places)) & set(varying(small)):
+        return root
+    left, right = torch.broadcast_tensors(root[small], places)  # type: ignore[no-untyped-call]
+    both = (left > 0) & (right > 0) & (left != right)
+    if not bool(both.any()):
+        return root
+    return connected(len(root), left[both], right[both])[root]
 
 
 def _laid_out(root: Tensor, grid: Tensor) -> Tensor:
-    """Make classes one until those of a grid depend on one dimension only, so that as many as can be are left."""
+    """Make classes one until those of a grid depend on one dimension only: the one that leaves the most."""
     places = compress(root[grid], tuple(grid.shape))
     if len(varying(places)) < 2:
         return root
@@ -390,7 +430,8 @@ def _laid_out(root: Tensor, grid: Tensor) -> Tensor:
         for other in varying(places):
             first = first.narrow(other, 0, 1) if other != dim else first
         left, right = torch.broadcast_tensors(places, first)  # type: ignore[no-untyped-call]
-        joined = connected(len(root), left.flatten(), right.flatten())[root]
+        both = (left > 0) & (right > 0)
+        joined = connected(len(root), left[both], right[both])[root]
         if best is root or len(torch.unique(joined[grid])) > len(torch.unique(best[grid])):
             best = joined
     return best

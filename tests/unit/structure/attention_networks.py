@@ -103,7 +103,7 @@ class Distil(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Grouped queries: two query heads share one head of keys and values; rotary positions."""
+    """Two query heads share one of keys and values; norms of each head, rotary positions."""
 
     def __init__(self, dim: int = 32, heads: int = 4, shared: int = 2, width: int = 8) -> None:
         super().__init__()
@@ -111,11 +111,11 @@ class Grouped(nn.Module):
         self.repeats = heads // shared
         self.q, self.o = nn.Linear(dim, heads * width), nn.Linear(heads * width, dim)
         self.k, self.v = nn.Linear(dim, shared * width), nn.Linear(dim, shared * width)
+        self.q_norm, self.k_norm = nn.LayerNorm(width), nn.RMSNorm(width)
+        self.register_buffer("speeds", 1.0 / (1 + torch.arange(width // 2)))
 
     def rotate(self, x: Tensor) -> Tensor:
-        angles = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[:, None] / (
-            1 + torch.arange(self.head_dim // 2, device=x.device)
-        )
+        angles = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[:, None] * self.speeds
         cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
         left, right = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
         return x * cos + torch.cat((-right, left), -1) * sin
@@ -126,8 +126,9 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
-        q = self.rotate(self.q(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2))
-        k = self.rotate(self.k(x).view(b, n, self.num_kv_heads, self.head_dim).transpose(1, 2))
+        q = self.q_norm(self.q(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2))
+        k = self.k_norm(self.k(x).view(b, n, self.num_kv_heads, self.head_dim).transpose(1, 2))
+        q, k = self.rotate(q), self.rotate(k)
         v = self.v(x).view(b, n, self.num_kv_heads, self.head_dim).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, self.repeat(k), self.repeat(v))
         return self.o(mixed.transpose(1, 2).reshape(b, n, -1))

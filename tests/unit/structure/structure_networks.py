@@ -596,7 +596,7 @@ def parts_of(*ends: str, stream: str = "embed") -> tuple[str, ...]:
 
 
 _TORCH = "attention.inner.in_proj_weight"
-CASES |= {
+ATTENTION: dict[str, Case] = {
     "qkv by the stream's width": Case(tower(attentions.FromShape), tokens, parts_of()),
     "qkv split": Case(tower(attentions.Split), tokens, parts_of()),
     "qkv chunked": Case(tower(attentions.Chunked), tokens, parts_of("attention.to_qkv")),
@@ -636,3 +636,4 @@ CASES |= {
         ),
     ),
 }
+CASES |= ATTENTION
