@@ -175,11 +175,13 @@ def layer_file(layer: Layer, first: int, second: int, inputs: tuple[int, ...], c
     shape = (inputs[0], channels) if layer.op == "Gemm" else (1, channels, *inputs[2:])
     attributes: dict[str, Any] = {name: list(value) for name, value in layer.attributes.items()}
     attributes |= {"transB": 1} if layer.op == "Gemm" else {"group": groups}
-    generator, nodes, weights = np.random.default_rng(0), [], []
-    for copy in map(str, range(copies)):
-        weight = generator.standard_normal((first, second, *layer.shape[2:])).astype(np.float32)
-        bias = np.zeros(second * groups if layer.op == "ConvTranspose" else first, np.float32)
-        weights += [numpy_helper.from_array(weight, f"w{copy}"), numpy_helper.from_array(bias, f"b{copy}")]
+    outputs = second * groups if layer.op == "ConvTranspose" else first
+    nodes, weights = [], [numpy_helper.from_array(np.array([first, second, *layer.shape[2:]]), "sizes")]
+    for copy in range(copies):
+        # The runtime makes the weight when it loads the file, which stays small; equal ones it would merge.
+        value = numpy_helper.from_array(np.array([(copy + 1) * 0.01], np.float32))
+        nodes.append(helper.make_node("ConstantOfShape", ["sizes"], [f"w{copy}"], value=value))
+        weights.append(numpy_helper.from_array(np.full(outputs, copy * 0.1, np.float32), f"b{copy}"))
         nodes.append(helper.make_node(layer.op, ["x", f"w{copy}", f"b{copy}"], [f"z{copy}"], **attributes))
     if copies > 1:
         nodes.append(helper.make_node("Sum", [f"z{copy}" for copy in range(copies)], ["z"]))
