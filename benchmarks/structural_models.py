@@ -88,7 +88,9 @@ def from_timm() -> tuple[nn.Module, tuple[Any, ...]]:
 def from_transformers() -> tuple[nn.Module, tuple[Any, ...]]:
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    net = DistilBertForSequenceClassification(DistilBertConfig(n_layers=2, vocab_size=1000))
+    net = DistilBertForSequenceClassification(
+        DistilBertConfig(n_layers=2, vocab_size=1000, dropout=0.0, attention_dropout=0.0)
+    )
     return net, (torch.randint(1000, (2, 16)),)
 
 

@@ -28,6 +28,10 @@ from lightning_prune.structure.budget import Budget
 def digest(net: torch.nn.Module) -> str:
     tensors = [p.detach() for p in net.parameters()]
     tensors += [b for n, b in net.named_buffers() if "running" not in n]  # each rank has its own statistics
+    return digest_of(tensors)
+
+
+def digest_of(tensors: list[torch.Tensor]) -> str:
     text = b"".join(str(tuple(t.shape)).encode() + t.double().numpy().tobytes() for t in tensors)
     return hashlib.sha256(text).hexdigest()
 
@@ -35,9 +39,18 @@ def digest(net: torch.nn.Module) -> str:
 class Record(Callback):
     def __init__(self) -> None:
         self.rows: list[tuple[int, float, str]] = []
+        self.statistics: list[str] = []
+        self.evidence: list[str] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            statistics = [b for n, b in pl_module.named_buffers() if "running" in n]
+            self.statistics.append(digest_of(statistics))
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.rows.append((trainer.current_epoch, macs(pl_module), digest(pl_module)))
+        pruning = next(c for c in trainer.callbacks if isinstance(c, StructuralPruning))
+        self.evidence.append(digest_of(list(pruning._learning.evidence.totals.values())))
 
 
 class Unbalanced(Net):
@@ -69,6 +82,8 @@ STRATEGIES = {
     "manual_static": {"static_graph": True},
     "joint": {},
     "importance": {},
+    "activation": {},
+    "recalibrate": {},
     "low_rank": {},
     "unreachable": {},
 }
@@ -78,10 +93,18 @@ def main(folder: Path, variant: str) -> None:
     torch.set_num_threads(1)
     record = Record()
     fraction = 0.0001 if variant == "unreachable" else 0.5
-    schedule = Schedule("linear", 0, 2, unit="epoch")
-    importance = "random" if variant == "importance" else "magnitude"
+    # Activations are there after the first epoch.
+    begin = 1 if variant == "activation" else 0
+    schedule = Schedule("linear", begin, 2, unit="epoch")
+    importance = {"importance": "random", "activation": "activation"}.get(variant, "magnitude")
     callbacks = [
-        StructuralPruning(Budget(macs=fraction), schedule=schedule, round_to=1, importance=importance)
+        StructuralPruning(
+            Budget(macs=fraction),
+            schedule=schedule,
+            round_to=1,
+            importance=importance,
+            recalibrate=2 * (variant == "recalibrate"),
+        )
     ]
     if variant == "joint":
         callbacks.insert(0, MagnitudePruning(0.6, schedule=schedule))
@@ -107,7 +130,9 @@ def main(folder: Path, variant: str) -> None:
         (folder / f"rank{rank}.json").write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise SystemExit(3) from error
     wrapped = str(type(trainer.strategy.model).__name__)
-    (folder / f"rank{rank}.json").write_text(json.dumps({"rows": record.rows, "wrapped": wrapped}))
+    found = {"rows": record.rows, "statistics": record.statistics, "evidence": record.evidence}
+    found["wrapped"] = wrapped
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
