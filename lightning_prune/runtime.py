@@ -74,7 +74,7 @@ class State:
         since: When it came, in seconds.
         rose: Whether it came because there seemed to be room for it.
         up_after: Before this time no more costly variant comes.
-        backoff: How many dwell times to wait before rising again; it doubles when rising was a mistake.
+        backoff: How many dwell times to wait before rising again; fourfold whenever rising was a mistake.
     """
 
     current: int
@@ -151,7 +151,7 @@ def step(
     if wanted < state.current:
         return State(wanted, now, True, state.up_after, state.backoff)
     hasty = state.rose and now - state.since <= 4 * policy.dwell_s
-    backoff = min(64, state.backoff * 2) if hasty else 1
+    backoff = min(64, state.backoff * 4) if hasty else 1
     return State(wanted, now, False, now + backoff * policy.dwell_s, backoff)
 
 

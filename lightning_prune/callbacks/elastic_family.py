@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_prune._lightning import Callback, LightningModule, Trainer
-from lightning_prune.callbacks import _network
+from lightning_prune.callbacks import _clock, _network
 from lightning_prune.cost import count_macs
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.exporting import dense_of, take_baseline
@@ -94,6 +94,7 @@ class ElasticFamily(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count what the dense network costs."""
+        _clock.training_length(trainer, pl_module)  # which loads the data, of which a batch is looked at
         self._calls, self._example = _network.find(trainer, pl_module, self.example_input, _OWNER)
         if self._dense is None:
             self._dense = self._macs(pl_module)

@@ -14,6 +14,7 @@ from lightning_prune._lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks import _checkpoint_hooks, _clock, _network
 from lightning_prune.callbacks._events import emit
 from lightning_prune.callbacks._follow import check_strategy, follow_exchange
+from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._low_rank_table import show
 from lightning_prune.deploy.calls import explicit_call
 from lightning_prune.errors import ConfigurationError, LightningPruneError, TracingError
@@ -101,12 +102,11 @@ class LowRank(Callback):
         self._dense: dict[str, float] | None = None
         self._rows: list[Row] = []
         self._history: list[dict[str, Any]] = []
-        self._now: dict[str, float] = {}
+        self._left = Fractions("low_rank_macs")
         self._calls: dict[str, Any] | None = None
         self._example: Example | None = None
         self._timeline: Timeline | None = None
         self._module: weakref.ref[nn.Module] | None = None
-        self._log_due = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
@@ -128,7 +128,7 @@ class LowRank(Callback):
         return {
             "finished": self._finished,
             "dense": None if self._dense is None else dict(self._dense),
-            "now": dict(self._now),
+            "left": dict(self._left.values),
             "rows": [_plain(row) for row in self._rows],
             "history": [dict(entry) for entry in self._history],
         }
@@ -137,7 +137,7 @@ class LowRank(Callback):
         """Take up where a checkpoint left off; the layers themselves come with the module's own hooks."""
         self._finished = bool(state_dict["finished"])
         self._dense = None if state_dict["dense"] is None else dict(state_dict["dense"])
-        self._now = dict(state_dict["now"])
+        self._left.values = dict(state_dict["left"])
         self._rows = [_row(entry) for entry in state_dict["rows"]]
         self._history = [dict(entry) for entry in state_dict["history"]]
 
@@ -196,25 +196,18 @@ class LowRank(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Factor the layers if it is this epoch's turn, and log for those who monitor."""
         self._advance(trainer, pl_module)
-        for name, value in self._now.items():
-            pl_module.log(f"low_rank_{name}", value, on_step=False, on_epoch=True)
-        self._log_due = True
+        self._left.on_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Factor the layers if it is this step's turn, and show what remains in the progress bar."""
         self._advance(trainer, pl_module)
-        if self._log_due:
-            self._log_due = False
-            for name, value in self._now.items():
-                pl_module.log(
-                    f"low_rank_{name}", value, on_step=True, on_epoch=False, prog_bar=name == "macs"
-                )
+        self._left.on_batch(pl_module)
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from the earlier state that a guard has put back; `load_state_dict` has told which."""
-        self._log_due = True
+        self._left.due = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind on a module that is as it was."""
@@ -277,12 +270,13 @@ class LowRank(Callback):
             follow_exchange(trainer, pl_module, lambda m: put_factors(m, factors, again=m is not pl_module))
         network = _network.traced(pl_module, self._calls)
         after = costs(network, self._example)
-        self._now = {kind: after[kind] / max(1.0, self._dense[kind]) for kind in after}
+        left = {kind: after[kind] / max(1.0, self._dense[kind]) for kind in after}
+        self._left.values = {f"low_rank_{kind}": fraction for kind, fraction in left.items()}
+        self._left.due = True
         kind = self.wish.budget.kind if self.wish.budget is not None else "macs"
         target = None if self.wish.budget is None else self.wish.budget.fraction
         when = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        self._history.append({**when, "level": 1.0, "target": target, "achieved": self._now[kind]})
-        self._log_due = True
+        self._history.append({**when, "level": 1.0, "target": target, "achieved": left[kind]})
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Choose ranks and factor on rank 0, so that all ranks go on with the same."""

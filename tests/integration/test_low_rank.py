@@ -376,7 +376,9 @@ trainer:
 """
 
 
-@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize(
+    "namespace", ["pytorch_lightning", pytest.param("lightning.pytorch", marks=pytest.mark.slow)]
+)
 def test_either_cli_takes_the_callback_from_yaml(tmp_path, namespace):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
