@@ -211,7 +211,14 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         >>> copied(layer).weight is layer.weight
         False
     """
-    twin = copy.deepcopy(module, memo if memo is not None else {})
+    memo = {} if memo is None else memo
+    for child in module.modules():
+        # What a layer has computed and keeps, as the old weight norm does, cannot be copied with its graph.
+        kept = [
+            value for value in vars(child).values() if isinstance(value, torch.Tensor) and not value.is_leaf
+        ]
+        memo.update({id(value): value.detach().clone() for value in kept})
+    twin = copy.deepcopy(module, memo)
     for child in twin.modules():
         if "_orig_mod" in child._modules:
             continue  # what torch.compile put around a module: it made its methods anew for the copy

@@ -126,9 +126,7 @@ def own_widths(module: nn.Module) -> dict[str, int | list[int] | tuple[int, ...]
         `{attribute: value}`, as they stand in the module.
 
     Example:
-        >>> class Attention(nn.Module):
-        ...     num_heads: int
-        >>> attention = Attention()
+        >>> attention = type("Attention", (nn.Module,), {"__module__": "mine"})()
         >>> attention.num_heads, attention.scale = 4, 0.5
         >>> own_widths(attention)
         {'num_heads': 4}

@@ -235,13 +235,29 @@ def group_norm(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     f.give(tensors_in(out)[0], known.factors, known.source)
 
 
-def embedding(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+def embedding(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """A table: its rows are fixed, its columns are channels."""
     rows, columns = vector(f, args[0], 0), vector(f, args[0], 1)
     if rows is not None:
         f.pin([rows], "it is looked up by number")
-    factors = [] if columns is None else [columns.view(shape_at(out.dim() - 1, out.dim(), columns.numel()))]
-    f.give(out, factors, DATA)
+    rank = tensors_in(out)[0].dim()
+    factors = [] if columns is None else [columns.view(shape_at(rank - 1, rank, columns.numel()))]
+    if columns is not None:
+        f.record.made.append(columns)
+    f.give(tensors_in(out)[0], factors, DATA)
+
+
+def bilinear(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`nn.Bilinear`: a weight of (made, read, read)."""
+    first, weight, second = args[:3]
+    if first.dim() != 2 or second.dim() != 2:
+        raise NotImplementedError("a sum of products over other dimensions")
+    consume(f, first, vector(f, first, 1), vector(f, weight, 1))
+    consume(f, second, vector(f, second, 1), vector(f, weight, 2))
+    made = vector(f, weight, 0)
+    if made is not None:
+        f.record.made.append(made)
+    f.give(out, [] if made is None else [made[None]], max(f.of(t).source for t in args[:3]))
 
 
 def attention(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

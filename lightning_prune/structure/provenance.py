@@ -80,6 +80,7 @@ class Record:
     Attributes:
         owners: Whose labels are whose.
         pairs: Labels that are of one class, each of shape (n,): the first times `2**31`, plus the second.
+        ties: As `pairs`, of one tensor: its labels are mixed.
         pins: `(labels that must stay, why)`.
         read: Labels of weights that read channels.
         made: Labels of weights that make channels.
@@ -96,6 +97,7 @@ class Record:
 
     owners: list[Owner] = field(default_factory=list)
     pairs: list[Tensor] = field(default_factory=list)
+    ties: list[Tensor] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
@@ -122,6 +124,7 @@ class Record:
     def _found(self) -> tuple[list[Any], ...]:
         return (
             self.pairs,
+            self.ties,
             self.pins,
             self.read,
             self.made,
@@ -142,7 +145,7 @@ class Record:
         return event
 
     def forget_what_is_not_used(self) -> None:
-        """Drop what was found out on ways that lead to none of the results: nothing depends on it."""
+        """Drop what ties and pins on ways that lead to none of the results: those only have to run."""
         alive: set[int] = set()
         waiting = list(self.results)
         while waiting:
@@ -152,8 +155,9 @@ class Record:
                 waiting += event.before
         dead = [event for event in self.events if id(event) not in alive]
         for place, found in enumerate(self._found()):
-            gone = {at for event in dead for at in range(*event.found[place])}
-            found[:] = [item for at, item in enumerate(found) if at not in gone]
+            if found is self.pins or found is self.ties:
+                gone = {at for event in dead for at in range(*event.found[place])}
+                found[:] = [item for at, item in enumerate(found) if at not in gone]
         self.events, self.results = [], []
 
 
@@ -215,17 +219,14 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """Make labels one class, position by position, where both are labelled."""
-        left, right = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
-        both = (left > 0) & (right > 0) & (left != right)
-        if bool(both.any()):
-            self.record.pairs.append(left[both] * _WIDE + right[both])
+        self.record.pairs += _paired(left, right)
 
     def tie(self, factor: Tensor, dims: Sequence[int]) -> Tensor:
         """Make labels along some dimensions one class; what is left depends on the others only."""
         for dim in dims:
             if factor.shape[dim] > 1:
                 best = factor.amax(dim, keepdim=True)
-                self.unite(factor, best)
+                self.record.ties += _paired(factor, best)
                 factor = best
         return factor
 
@@ -300,6 +301,12 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             labels = self.of(tensor)
             labels.event = event
             self.known[tensor] = labels
+
+
+def _paired(left: Tensor, right: Tensor) -> list[Tensor]:
+    left, right = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
+    both = (left > 0) & (right > 0) & (left != right)
+    return [left[both] * _WIDE + right[both]] if bool(both.any()) else []
 
 
 def _overlap(left: Tensor, right: Tensor) -> bool:
@@ -395,7 +402,7 @@ def shape_at(dim: int, rank: int, size: int) -> tuple[int, ...]:
 
 def classes(record: Record) -> Tensor:
     """Give every label the smallest label of its class, shape (labels,)."""
-    pairs = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), *record.pairs]))
+    pairs = torch.unique(torch.cat([torch.zeros(1, dtype=torch.int64), *record.pairs, *record.ties]))
     root = connected(record.count, pairs // _WIDE, pairs % _WIDE)
     while True:
         before = root

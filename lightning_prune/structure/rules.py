@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_prune.structure.products import (
     addmm,
     attention,
+    bilinear,
     convolution,
     embedding,
     group_norm,
@@ -334,7 +335,8 @@ RULES = _table(
     ),
     (("native_layer_norm",), layer_norm),
     (("native_group_norm",), group_norm),
-    (("embedding",), embedding),
+    (("embedding", "_embedding_bag", "_embedding_bag_forward_only"), embedding),
+    (("_trilinear",), bilinear),
     (
         ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
          "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",

@@ -563,7 +563,7 @@ CASES: dict[str, Case] = {
     "auxiliary head": Case(Auxiliary, image(), ("a.0", "b.0", "aux.0")),
     "channel multiplier": Case(Multiplied, image(), ("stem.0", "out.0")),
     "qkv attention": Case(QkvBlock, lambda: torch.randn(2, 5, 12), ("embed", "attention.qkv", "up")),
-    "bert": Case(BertBlock, lambda: torch.randint(11, (2, 5)), ("q", "o", "up")),
+    "bert": Case(BertBlock, lambda: torch.randint(11, (2, 5)), ("words", "q", "up")),
     "transformer encoder": Case(
         Encoder, lambda: torch.randn(2, 5, 12), ("embed", *encoder_parts("encoder.layers.{}", 2))
     ),

@@ -149,3 +149,43 @@ def test_a_width_that_a_list_holds_follows():
     assert [group.name for group in groups if not group.reason] == ["a"]
     names = {member.tensor for group in groups for member in group.members if "@" in member.tensor}
     assert names == {"@sizes[0]", "@sizes[1]"}
+
+
+def test_layers_whose_result_nobody_uses_shrink_with_what_they_read():
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.back = nn.Linear(4, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.skip = nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            z = torch.tanh(self.gate(x))
+            x = x + self.back(z)
+            x.mean(1)
+            return self.skip(z)
+
+    network = Gates()
+    assert free(network, torch.rand(2, 4)) == {"a", "gate"}
+
+
+def test_tables_and_bilinear_layers_shrink():
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.bags = nn.Embedding(9, 8), nn.EmbeddingBag(9, 6)
+            self.both, self.head = nn.Bilinear(8, 6, 10), nn.Linear(10, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.both(self.words(x[:, 0]), self.bags(x))))
+
+    assert free(Pairs(), torch.randint(9, (3, 4))) == {"words", "bags", "both"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_weights_that_hooks_compute_and_layers_keep_are_no_obstacle():
+    network = nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 2)
+    )
+    network(torch.rand(2, 4))  # leaves a weight with a graph behind
+    assert "2" in free(network, torch.rand(2, 4))
