@@ -16,8 +16,10 @@ from export_cases import Inner, Net, hashes, loader, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from sklearn.metrics import confusion_matrix
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import EdgeExport, MagnitudePruning, Schedule, _pipeline, export
+from lightning_prune.deploy.onnx import Onnx
 from lightning_prune.errors import (
     CheckpointError,
     OutputError,
@@ -137,6 +139,48 @@ def test_a_submodule_can_be_exported(tmp_path):
     )
     assert "val_acc" in report.variant("dense").metrics
     assert report.title == "Inner.model"
+
+
+class Pictures(pl.LightningModule):
+    """Takes a list of pictures and gives a dict for each, as detection networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, images):
+        found = []
+        for image in images:
+            out = self.head(self.backbone(image[None])).flatten(2)[0].T
+            out = out[torch.nonzero(out[:, 4] > 0).squeeze(1)]
+            found.append({"boxes": out[:, :4], "scores": out[:, 4]})
+        return found
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_found", float(len(self(list(batch[0]))[0]["boxes"])))
+
+
+def test_a_network_that_takes_a_list_of_pictures_is_exported_whole_or_its_backbone(tmp_path):
+    torch.manual_seed(0)
+    net = Pictures()
+    data = DataLoader(TensorDataset(torch.randn(4, 3, 8, 8)), batch_size=1)
+    loaders = {"val": data, "train": data}
+    how = Onnx(legacy=True, opset=17, dynamic_batch=False)
+    quiet = {"profile": None, "dataloaders": loaders}
+    report = export(net, tmp_path / "whole", onnx=how, quantize=None, **quiet)
+    with torch.no_grad():
+        counts = [len(net.eval()([x])[0]["boxes"]) for (x,) in data.dataset]
+    assert report.variants[0].metrics["val_found"] == pytest.approx(sum(counts) / 4)
+    session = onnxruntime.InferenceSession(str(tmp_path / "whole" / "dense.onnx"))
+    assert [i.shape for i in session.get_inputs()] == [[3, 8, 8]]
+    assert [o.name for o in session.get_outputs()] == ["output_0_boxes", "output_0_scores"]
+    report = export(net, tmp_path / "part", submodule="backbone", **quiet)
+    assert [v.name for v in report.variants] == ["dense", "dense.int8"]
+    assert report.variants[0].metrics["val_found"] == pytest.approx(sum(counts) / 4)
+    for folder in ("whole", "part"):
+        runner = [sys.executable, str(tmp_path / folder / "run.py"), "--rounds", "2"]
+        assert json.loads(subprocess.run(runner, capture_output=True, check=True).stdout)["ok"]
 
 
 def test_the_modules_own_loaders_are_used(tmp_path):
