@@ -109,9 +109,9 @@ def test_the_next_export_removes_the_weights_of_the_last(made, tmp_path):
 
 
 class Dictionary(pl.LightningModule):
-    """An embedding of 2.36 GB."""
+    """An embedding of 2.15 GB."""
 
-    def __init__(self, rows=2_300_000):
+    def __init__(self, rows=2_100_000):
         super().__init__()
         self.table, self.head = nn.Embedding(rows, 256), nn.Linear(256, 4)
 
@@ -129,19 +129,20 @@ def free_memory():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_network_of_more_than_two_gibibytes(tmp_path):
-    if free_memory() < 14 * 2**30 or shutil.disk_usage(tmp_path).free < 20 * 2**30:
-        pytest.skip("it takes 14 GiB of memory and 20 GiB of disk")
+    if free_memory() < 18 * 2**30 or shutil.disk_usage(tmp_path).free < 20 * 2**30:
+        pytest.skip("it takes 18 GiB of memory and 20 GiB of disk")
     torch.manual_seed(0)
     net = Dictionary()
-    tokens, classes = torch.randint(0, 2_300_000, (32, 6)), torch.randint(0, 4, (32,))
+    tokens, classes = torch.randint(0, 2_100_000, (32, 6)), torch.randint(0, 4, (32,))
     data = DataLoader(TensorDataset(tokens, classes), batch_size=8)
     report = export(
         net, tmp_path / "edge", dataloaders={"val": data, "train": data}, profile=QUICK, quantize=Quantize()
     )
     dense, small = report.variants
     assert dense.bytes > 2**31 > small.bytes
-    assert dense.parameters == small.parameters == 2_300_000 * 256 + 256 * 4 + 4
+    assert dense.parameters == small.parameters == 2_100_000 * 256 + 256 * 4 + 4
     assert dense.latency_ms is not None
     path = tmp_path / "edge" / "dense.onnx"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
