@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from structural_cases import Net, assert_equal_state, killed_run, macs, run
 from torch import nn
 
+from lightning_prune.callbacks.accuracy_guard import AccuracyGuard
 from lightning_prune.callbacks.edge_export import EdgeExport
 from lightning_prune.callbacks.low_rank import LowRank
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
@@ -250,6 +251,22 @@ def test_export_after_everything_measures_dense_and_small(tmp_path):
     with torch.no_grad():
         losses = [net.eval().loss(batch) for batch in data()]
     assert pruned.metrics["val_loss"] == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
+
+
+@pytest.mark.parametrize("bearable", [True, False])
+def test_a_guard_takes_it_back_if_the_metric_does_not_bear_it(tmp_path, bearable):
+    class Judged(Net):
+        def validation_step(self, batch, batch_idx):
+            factored = isinstance(self.a[0], nn.Sequential)
+            self.log("val_acc", 0.5 if factored and not bearable else 0.9)
+
+    callback, net = low_rank(), Judged("adamw")
+    fit = trainer(tmp_path, callback, AccuracyGuard(patience=0, min_step=0.1), max_epochs=6)
+    fit.fit(net, data(), data())
+    assert isinstance(net.a[0], nn.Sequential) == bearable
+    assert callback.level == float(bearable)
+    moved = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert moved == {id(p) for p in net.parameters()}
 
 
 def test_frozen_layers_stay_frozen_and_others_stay_the_objects_they_are(tmp_path):
