@@ -13,6 +13,7 @@ from lightning_prune._lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks import _checkpoint_hooks, _clock, _latency, _network
 from lightning_prune.callbacks._events import decided, emit
 from lightning_prune.callbacks._follow import check_strategy, follow
+from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms
@@ -131,13 +132,12 @@ class StructuralPruning(Callback):
         self._times: LatencyTable | None = None
         self._history: list[dict[str, Any]] = []
         self._skipped: dict[str, str] = {}
-        self._now: dict[str, float] = {}
+        self._left = Fractions(self.budget.kind)
         self._widths: dict[str, int] = {}
         self._calls: dict[str, Any] | None = None
         self._example: Example | None = None
         self._timeline: Timeline | None = None
         self._module: weakref.ref[nn.Module] | None = None
-        self._log_due = True
         self._groups: list[Group] = []
         self._learning = Learning(self.importance, self.regularization)
 
@@ -268,20 +268,14 @@ class StructuralPruning(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut if an event falls on this epoch, and log for those who monitor."""
         self._advance(trainer, pl_module)
-        for name, value in self._now.items():
-            pl_module.log(name, value, on_step=False, on_epoch=True)
-        self._log_due = True
+        self._left.on_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Cut if an event falls on this optimizer step, and show what remains in the progress bar."""
         self._advance(trainer, pl_module)
-        if self._log_due:
-            self._log_due = False
-            for name, value in self._now.items():
-                shown = name == self.budget.kind
-                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=shown)
+        self._left.on_batch(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Learn which channels matter, and press on those that do not."""
@@ -303,7 +297,7 @@ class StructuralPruning(Callback):
         assert self._example is not None
         network = _network.traced(pl_module, self._calls)
         self._take_stock(network, survey(network, self._example, self._choose))
-        self._log_due = True
+        self._left.due = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop watching the network."""
@@ -352,7 +346,7 @@ class StructuralPruning(Callback):
                 recalibrate_norms(trainer, pl_module, network, self._calls, self.recalibrate)
         proven = {group.name: group.reason for group in self._groups}
         self._take_stock(network, survey(network, self._example, self._choose, proven))
-        achieved, target = self._now[self.budget.kind], self.recipe.budget.fraction_at(level)
+        achieved, target = self._left.values[self.budget.kind], self.recipe.budget.fraction_at(level)
         entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         entry |= {"level": level, "target": target, "achieved": achieved}
         if self._times is not None:
@@ -362,7 +356,7 @@ class StructuralPruning(Callback):
             where = self.target or Target()
             entry |= _latency.check(trainer, pl_module, network, self._example, predicted, where, before)
         self._history.append(entry)
-        self._log_due = True
+        self._left.due = True
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, level: float) -> Change:
         assert self._dense is not None
@@ -389,7 +383,7 @@ class StructuralPruning(Callback):
         assert self._example is not None
         for kind in dict.fromkeys((self.budget.kind, "macs", "params")):
             cost = self._meters[kind](network, groups, self._example)({})
-            self._now[kind] = cost / (self._dense.costs[kind] or 1.0)
+            self._left.values[kind] = cost / (self._dense.costs[kind] or 1.0)
         self._widths = {group.name: group.channels for group in groups}
         self._skipped = {group.name: group.reason for group in groups if group.reason}
         self._groups = list(groups)

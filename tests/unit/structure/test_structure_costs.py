@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from math import prod
 
 import pytest
@@ -210,3 +211,29 @@ def test_counting_leaves_no_trace_in_the_network():
     net(torch.zeros(2, 4))
     macs_by_weight(net, (torch.zeros(2, 4),))
     assert net.anchors.device.type == "cpu"
+
+
+def alive() -> int:
+    gc.collect()
+    return sum(t.numel() for t in gc.get_objects() if issubclass(type(t), Tensor))
+
+
+@pytest.mark.parametrize("kind", ["macs", "params", "channels"])
+def test_no_memory_is_kept_between_cuts(kind):
+    torch.manual_seed(0)
+    net, x = CASES["residual"].make(), CASES["residual"].inputs()
+    example = Example((x,), {}, ((x[:1],), {}))
+    groups = survey(net, example)
+    dense = measure(net, groups, example)
+    sizes = []
+    for _ in range(4):  # the first may fill caches of PyTorch's own
+        change = plan(net, groups, Recipe(Budget(**{kind: 0.5}), round_to=1), dense, 1.0, example)
+        assert change
+        del change
+        sizes.append(alive())
+    assert sizes[1] == sizes[2] == sizes[3]
+    before = alive()
+    parameters = sum(p.numel() for p in net.parameters()) + sum(b.numel() for b in net.buffers())
+    apply(net, plan(net, groups, Recipe(Budget(**{kind: 0.5}), round_to=1), dense, 1.0, example))
+    left = sum(p.numel() for p in net.parameters()) + sum(b.numel() for b in net.buffers())
+    assert before - alive() == parameters - left, "what went is gone"
