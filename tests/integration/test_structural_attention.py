@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from magnitude_cases import data, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -58,6 +59,7 @@ def test_heads_go_in_training_and_a_checkpoint_brings_them_back(tmp_path):
     torch.testing.assert_close(loaded.eval()(x), net.eval()(x), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 def test_resume_is_exact(tmp_path):
     whole = fit(tmp_path / "a", 5)
     resumed = fit(tmp_path / "a", 5, ckpt_path=tmp_path / "a" / "epoch=1.ckpt", seed=1)
