@@ -199,12 +199,12 @@ def schedule_panels(report: Report) -> tuple[tuple[Panel, ...], tuple[Tick, ...]
         if bound is not None:
             low, high = min(low, bound), max(high, bound)
         path = " ".join(f"{across(x):.2f},{100 - 100 * (y - low) / (high - low):.2f}" for x, y in points)
-        drawn = [Line(path, name, number)]
+        drawn, title = [Line(path, name, number)], name
         if bound is not None:
-            y = 100 - 100 * (bound - low) / (high - low)
+            title, y = f"{name}, bound {text.digits(bound)} dashed", 100 - 100 * (bound - low) / (high - low)
             drawn.append(Line(f"0.00,{y:.2f} 100.00,{y:.2f}", f"{name}: bound", number, "dashed"))
         ticks = (Tick(100, text.digits(low)), Tick(0, text.digits(high)))
-        panels.append(Panel(name, tuple(drawn), ticks, events))
+        panels.append(Panel(title, tuple(drawn), ticks, events))
     return tuple(panels), tuple(Tick(across(x), f"{x:g}") for x in nice_ticks(left, right) if x == int(x))
 
 

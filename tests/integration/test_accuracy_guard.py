@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from structural_cases import Net, assert_equal_state, killed_run
 from test_structural_ddp import run as run_on_two_ranks
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from lightning_prune import AccuracyGuard, AfterPruning, MagnitudePruning, Schedule
+from lightning_prune import AccuracyGuard, AfterPruning, EdgeExport, MagnitudePruning, Schedule
 from lightning_prune.errors import ConfigurationError, LightningPruneError
 from lightning_prune.loading import load_pruned
 from lightning_prune.structure import manifest
@@ -327,6 +328,21 @@ def test_others_wait_until_it_has_settled(tmp_path):
     checkpoint = torch.load(file, weights_only=True)
     assert checkpoint["epoch"] > settled
     assert kept(load_pruned(Cliff, file)) >= 0.5
+
+
+def test_the_report_tells_of_its_decisions_and_the_file_is_the_one_that_held(tmp_path):
+    made = callbacks("gsm", end=3, patience=5)
+    export = EdgeExport(str(tmp_path / "edge"), quantize=None, profile=None)
+    net = Cliff(need=0.5)
+    trainer(tmp_path, *made.values(), export, max_epochs=4).fit(net, data(), data())
+    assert history(made)[-1]["phase"] == "recovering"
+    dense, pruned = export.report.variants
+    assert dense.metrics["val_acc"] == pruned.metrics["val_acc"] == pytest.approx(0.9)
+    assert pruned.nonzero < dense.nonzero
+    told = json.loads((tmp_path / "edge" / "report.json").read_text())
+    (guard,) = (c for c in told["pruning"]["callbacks"] if c["callback"] == "AccuracyGuard")
+    assert [entry["decision"] for entry in guard["history"]] == ["hold", "hold", "wait", "wait"]
+    assert "val_acc, bound 0.890 dashed" in (tmp_path / "edge" / "report.html").read_text()
 
 
 def test_validations_within_an_epoch_count_as_well(tmp_path):

@@ -121,7 +121,7 @@ def test_a_guard_is_drawn_with_the_bound_of_its_metric():
     curves = {"guard_bound": [[0, 0.8], [4, 0.8]], "loss": [[0, 1], [4, 0]], "val_acc": [[0, 0.9], [4, 0.7]]}
     report = replace(example_report(), pruning={"callbacks": [guard]}, training={"curves": curves})
     panels, _ = charts.schedule_panels(report)
-    assert [panel.title for panel in panels] == ["Pruning", "val_acc", "loss"]
+    assert [panel.title for panel in panels] == ["Pruning", "val_acc, bound 0.880 dashed", "loss"]
     (level,) = panels[0].lines
     assert level.label == "AccuracyGuard: level of the schedule"
     assert coordinates(level.points) == [
