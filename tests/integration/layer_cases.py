@@ -67,7 +67,7 @@ BLOCKS = ["one.0", "one.1", "two.0", "two.1", "two.2"]
 def pruning_callbacks(kinds: str) -> list[Callback]:
     """Make the callbacks of a run, in the given order: layers, structure, magnitudes, an average."""
     made: dict[str, Callback] = {
-        "l": LayerPruning(Budget(macs=0.4), schedule=Schedule("linear", 1, 4, unit="epoch")),
+        "l": LayerPruning(3, schedule=Schedule("linear", 1, 4, unit="epoch")),
         "s": StructuralPruning(Budget(macs=0.3), schedule=Schedule("linear", 1, 4, unit="epoch"), round_to=1),
         "m": MagnitudePruning(0.6, schedule=Schedule("cubic", 0, 4, unit="epoch")),
         "e": EMAWeightAveraging(decay=0.8),
