@@ -137,9 +137,7 @@ def test_heads_that_need_this_package_say_so(tmp_path):
     for parameter in net.parameters():
         nn.init.normal_(parameter)
     path = save_state(net, tmp_path / "small.pt")
-    with pytest.raises(
-        ValueError, match=r"needs lightning_prune\.load_state.*FreeMultiheadAttention"
-    ):
+    with pytest.raises(ValueError, match=r"needs lightning_prune\.load_state.*FreeMultiheadAttention"):
         standalone.load(Attention(), path.with_suffix(""))
     assert torch.equal(load_state(Attention(), path).eval()(x), net(x))
 
