@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from lightning_prune.deploy.fake_quant_ranges import Ranges
 from lightning_prune.deploy.quantize import TARGETS
 from lightning_prune.errors import (
     CheckpointError,
+    CompatibilityError,
     ConfigurationError,
     ScheduleError,
     StrategyError,
@@ -40,6 +42,7 @@ _OWNER = "QuantizationAwareTraining"
 _RANGES = ("observed", "learned")
 _NORMS = ("fold", "freeze")
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step", "backward")
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -328,7 +331,7 @@ class QuantizationAwareTraining(Callback):
         if "torch._dynamo" in sys.modules and self._stance is None:
             # Rounding happens between the functions that a compiled network no longer calls one by one.
             self._stance = torch.compiler.set_stance("force_eager")
-        self._network.attach(pl_module)
+        self._network.attach(pl_module, partial(in_step, pl_module))
 
     def _stop(self) -> None:
         self._network.detach()
@@ -349,7 +352,7 @@ class QuantizationAwareTraining(Callback):
         """Look at the network anew: its layers have other widths, or are gone."""
         self._network.forget()
         if self._network.attached:
-            self._network.attach(pl_module)
+            self._start(pl_module)
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do as an earlier state says, which has just been loaded."""
@@ -415,6 +418,20 @@ class QuantizationAwareTraining(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; Lightning calls no teardown after an exception."""
         self._stop()
+
+
+def in_step(pl_module: LightningModule) -> bool:
+    """Tell whether a step of the module runs: other callbacks look at the plain network.
+
+    Raises:
+        CompatibilityError: Lightning no longer says which of its hooks runs.
+    """
+    # Private to Lightning, and what `self.log` itself goes by; backward counts for activation checkpointing.
+    if not hasattr(pl_module, "_current_fx_name"):
+        raise CompatibilityError(
+            "LightningModule has no `_current_fx_name`; this Lightning is not supported."
+        )
+    return pl_module._current_fx_name in _STEPS
 
 
 def _mean(trainer: Trainer, tensor: Tensor) -> Tensor:

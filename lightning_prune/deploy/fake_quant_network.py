@@ -56,6 +56,7 @@ class FakeQuantized:
         self._stack: list[str] = []
         self._mode: Calls | None = None
         self._alone = False
+        self._when: Callable[[], bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy goes with a copy of the network, whose hooks call it; it is not running."""
@@ -69,13 +70,15 @@ class FakeQuantized:
 
     # ------------------------------------------------------------------ hooks
 
-    def attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module, when: Callable[[], bool] | None = None) -> None:
         """Round from now on.
 
         Args:
             module: The module that holds the network.
+            when: Whether a call that comes now is to be rounded; None rounds all.
         """
         self.detach()
+        self._when = when
         for name, part in module.named_modules():
             inside = not self.root or name.startswith(f"{self.root}.")
             if name == self.root:
@@ -114,7 +117,7 @@ class FakeQuantized:
 
     def _forward(self, network: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
         call = partial(type(network).forward, network) if own is None else own
-        if self._mode is not None:  # it is being looked at, or calls itself
+        if self._mode is not None or not self._due():  # it is being looked at, or calls itself
             return call(*args, **kwargs)
         if self.plan is None:
             self.record(network, args, kwargs)
@@ -127,6 +130,9 @@ class FakeQuantized:
         finally:
             self._stop()
 
+    def _due(self) -> bool:
+        return self._when is None or self._when()
+
     def _start(self, mode: Calls, name: str) -> None:
         self._mode, self._stack = mode, [name]
         mode.__enter__()  # type: ignore[no-untyped-call]
@@ -137,7 +143,7 @@ class FakeQuantized:
             self._mode = None
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        if self._mode is None and self.plan is not None:
+        if self._mode is None and self.plan is not None and self._due():
             # Called alone: by a step, or again by activation checkpointing.
             self._start(self._rounding(self.plan, module), name)
             self._alone = True
