@@ -32,7 +32,7 @@ LAYERS = {
     "portable": 4,
     "callbacks": 5,
     "_bundle_commands": 6,
-    "_sensitivity_files": 4,
+    "_sensitivity_files": 5,
     "planning": 5,
     "_plan_table": 5,
     "sensitivity": 5,
