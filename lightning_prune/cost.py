@@ -182,6 +182,8 @@ def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _counted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Counts:
+    # The counter wants a gradient function of every input, which a view of a parameter does not have here.
+    module.requires_grad_(False)
     state = dict(module.named_parameters())
     counter = FlopCounterMode(display=False)
     with (

@@ -237,3 +237,21 @@ def test_no_memory_is_kept_between_cuts(kind):
     apply(net, plan(net, groups, Recipe(Budget(**{kind: 0.5}), round_to=1), dense, 1.0, example))
     left = sum(p.numel() for p in net.parameters()) + sum(b.numel() for b in net.buffers())
     assert before - alive() == parameters - left, "what went is gone"
+
+
+def test_views_of_parameters_may_be_inputs():
+    class Token(nn.Module):
+        """A class token, as vision transformers give it to their blocks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.block = nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.token.expand(x.shape[0], -1, -1)) + x
+
+    net = Token()
+    assert macs_by_weight(net, (torch.zeros(2, 1, 3),)) == {"": 24}, (
+        "a product of two parameters is neither's"
+    )
+    assert net.token.requires_grad
