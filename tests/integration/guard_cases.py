@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from magnitude_cases import data, trainer
 from pytorch_lightning import Callback
@@ -73,18 +72,7 @@ def guarded(folder: Path, kinds: str, ckpt_path: str | None = None, *extra: Call
 def on_two_ranks(folder: Path, kinds: str) -> None:
     made = callbacks(kinds)
     net = RanksDisagree()
-    fit = pl.Trainer(
-        max_epochs=7,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(made.values()),
-    )
+    fit = trainer(folder, *made.values(), max_epochs=7, devices=2, strategy="ddp")
     fit.fit(net, data(), data())
     found = {"weights": digest(net), "summary": made["g"].pruning_summary(), "kept": kept(net)}
     (folder / f"rank{fit.global_rank}.json").write_text(json.dumps(found))

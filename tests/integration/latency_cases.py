@@ -14,7 +14,6 @@ from typing import Any
 import onnx
 import onnx.numpy_helper
 import pytest
-import pytorch_lightning as pl
 import torch
 from magnitude_cases import data, trainer
 from pytorch_lightning import Callback
@@ -64,18 +63,7 @@ def run(
 def on_two_ranks(folder: Path) -> None:
     pruning = StructuralPruning(Budget(latency=0.5), schedule=SCHEDULE)
     net = network()
-    fit = pl.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=[pruning],
-    )
+    fit = trainer(folder, pruning, max_epochs=4, devices=2, strategy="ddp")
     fit.fit(net, data(), data())
     found = {"weights": digest(net), "summary": pruning.pruning_summary(), "ms": milliseconds(net)}
     (folder / f"rank{fit.global_rank}.json").write_text(json.dumps(found))
