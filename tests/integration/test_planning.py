@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from command_cases import CONFIG, command
 from magnitude_cases import LIGHTNING_WARNINGS, data
 from rich.console import Console
 from structural_cases import Net, assert_equal_state, macs
@@ -131,28 +128,7 @@ def test_wrong_input_is_refused(budget, latency_ms, match):
         make_plan(Net(), Data(data()), budget, latency_ms=latency_ms)
 
 
-MODULE = """
-from magnitude_cases import data
-from pytorch_lightning import LightningDataModule
-from structural_cases import Net
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self):
-        return data()
-
-    def val_dataloader(self):
-        return data()
-"""
-CONFIG = """
-seed_everything: 0
-model: planned.Net
-data: planned.Data
-trainer:
-  max_epochs: 10
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
+CALLBACKS = """
   callbacks:
     - {class_path: lightning_prune.StructuralPruning, init_args: {round_to: 1}}
     - class_path: lightning_prune.EdgeExport
@@ -160,23 +136,9 @@ trainer:
 """
 
 
-def command(folder, words):
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_prune", *words.split()],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_the_config_of_the_command_runs_and_meets_the_budget(tmp_path):
-    (tmp_path / "planned.py").write_text(MODULE)
-    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "config.yaml").write_text(CONFIG + CALLBACKS.lstrip("\n"))
     out = command(tmp_path, "plan --config config.yaml --budget.macs 0.6 --seconds 3")
     assert "lightning-prune fit --config plan.yaml" in out
     command(tmp_path, "fit --config plan.yaml")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from command_cases import CONFIG, command
 from magnitude_cases import LIGHTNING_WARNINGS, data, trainer
 from structural_cases import Net, assert_equal_state, macs
 from torch import nn
@@ -185,41 +182,9 @@ def test_without_validation_data_it_says_so(trained):
         sensitivity(trained)
 
 
-MODULE = """
-import torch
-from magnitude_cases import data
-from structural_cases import Net
-from pytorch_lightning import LightningDataModule
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self):
-        return data()
-
-    def val_dataloader(self):
-        return data()
-"""
-CONFIG = """
-seed_everything: 0
-model: sensitive.Net
-data: sensitive.Data
-trainer: {accelerator: cpu, logger: false}
-"""
-
-
 def test_the_command_writes_the_files(tmp_path):
-    (tmp_path / "sensitive.py").write_text(MODULE)
     (tmp_path / "config.yaml").write_text(CONFIG)
-    words = "sensitivity --config config.yaml --batches 1 --levels [0.5] --dirpath out"
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_prune", *words.split()],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = command(tmp_path, "sensitivity --config config.yaml --batches 1 --levels [0.5] --dirpath out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["sensitivity.json", "sensitivity.svg", "sensitivity.yaml"]
-    assert "sparsity:" in done.stdout
+    assert "sparsity:" in out
