@@ -206,11 +206,6 @@ class QuantizationAwareTraining(Callback):
                 f"{_OWNER}: {strategy} is not supported as it is used here: ranges and weights must be whole "
                 "on every process, and come back from it. Use one device, or strategy='ddp' without spawn."
             )
-        others = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise ConfigurationError(
-                f"{_OWNER}: there are {len(others)} of them; one is enough, with include and exclude."
-            )
         self._network.root = self._root(trainer)
 
     def _root(self, trainer: Trainer) -> str:
