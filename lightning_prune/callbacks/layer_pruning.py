@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from lightning_prune._lightning import Callback, LightningModule, Trainer
-from lightning_prune.callbacks import _block_table, _checkpoint_hooks, _clock, _network
+from lightning_prune._lightning import LightningModule, Trainer
+from lightning_prune.callbacks import _block_table, _clock, _network
 from lightning_prune.callbacks._block_scores import Weights, judge
 from lightning_prune.callbacks._events import emit
-from lightning_prune.callbacks._follow import check_strategy, follow_exchange
+from lightning_prune.callbacks._follow import follow_exchange
 from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms
+from lightning_prune.callbacks._structure_callback import StructureCallback
 from lightning_prune.errors import BudgetError, ConfigurationError
-from lightning_prune.schedules import Schedule, Timeline
+from lightning_prune.schedules import Schedule
 from lightning_prune.selection import match_names
-from lightning_prune.structure import manifest
 from lightning_prune.structure.blocks import REPLACEMENTS, Block, find_blocks, stand_in
 from lightning_prune.structure.budget import Budget
-from lightning_prune.structure.costs import Example
 from lightning_prune.structure.depth import (
     SCORES,
     Sizes,
@@ -45,7 +43,7 @@ _DEFAULT_SCHEDULE = Schedule("one_shot")
 _KINDS = ("params", "macs")
 
 
-class LayerPruning(Callback):
+class LayerPruning(StructureCallback):
     """Take out the least useful blocks of a network on a schedule, and let training follow.
 
     Blocks are found by what they compute: residual modules, through which their input passes on by itself
@@ -123,19 +121,12 @@ class LayerPruning(Callback):
     # ------------------------------------------------------------------ state
 
     def _reset(self) -> None:
+        super()._reset()
         self._level = 0.0
         self._dense: dict[str, float] = {}
         self._history: list[dict[str, Any]] = []
         self._table: dict[str, dict[str, Any]] = {}
         self._left = Fractions("blocks")
-        self._calls: dict[str, Any] | None = None
-        self._example: Example | None = None
-        self._timeline: Timeline | None = None
-        self._module: weakref.ref[nn.Module] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
-        return {**self.__dict__, "_module": None, "_example": None, "_calls": None}
 
     @property
     def state_key(self) -> str:
@@ -199,15 +190,6 @@ class LayerPruning(Callback):
 
     # ------------------------------------------------------------------ hooks
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the module's checkpoints carry its structure, and refuse what cannot work."""
-        if self._module is None or self._module() is not pl_module:
-            self._reset()
-            self._module = weakref.ref(pl_module)
-        if stage == "fit":
-            check_strategy(trainer.strategy, _OWNER)
-        _checkpoint_hooks.install(pl_module)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks, see whether the budget can be met, and show what it will come to."""
         self._timeline = _clock.plan(trainer, pl_module, self.schedule)
@@ -218,18 +200,6 @@ class LayerPruning(Callback):
         outlook = self.foresee(pl_module, blocks, sizes)
         if trainer.is_global_zero and trainer.progress_bar_callback is not None:
             show(outlook, blocks, title="Layer pruning", parts="blocks")
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exchange blocks if an event falls on this epoch, and log for those who monitor."""
-        self._advance(trainer, pl_module)
-        self._left.on_epoch(pl_module)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Exchange blocks if an event falls on this step, and show how many are left in the progress bar."""
-        self._advance(trainer, pl_module)
-        self._left.on_batch(pl_module)
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:
         """Count anew what remains."""
@@ -245,20 +215,6 @@ class LayerPruning(Callback):
         """Show what became of each block, to those who see a progress bar."""
         if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._table:
             _block_table.show(self.pruning_summary(), self._left.values)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind on a module that is as it was."""
-        _checkpoint_hooks.uninstall(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind; Lightning calls no teardown after an exception."""
-        _checkpoint_hooks.clean_up(trainer, pl_module, exception, _OWNER)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add the manifest where the module's own hook is not there to do it."""
-        checkpoint[manifest.KEY] = manifest.to_checkpoint(pl_module)
 
     # ------------------------------------------------------------------ blocks
 

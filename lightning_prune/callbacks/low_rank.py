@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune._lightning import Callback, LightningModule, Trainer
-from lightning_prune.callbacks import _checkpoint_hooks, _clock, _network
-from lightning_prune.callbacks._events import emit
-from lightning_prune.callbacks._follow import check_strategy, follow_exchange
+from lightning_prune._lightning import LightningModule, Trainer
+from lightning_prune.callbacks import _clock, _network
+from lightning_prune.callbacks._events import decided, emit
+from lightning_prune.callbacks._follow import follow_exchange
 from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._low_rank_table import show
+from lightning_prune.callbacks._structure_callback import StructureCallback
 from lightning_prune.deploy.calls import explicit_call
-from lightning_prune.errors import ConfigurationError, LightningPruneError, TracingError
-from lightning_prune.schedules import Schedule, Timeline
-from lightning_prune.structure import manifest
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.schedules import Schedule
 from lightning_prune.structure.budget import Budget
-from lightning_prune.structure.costs import Example
 from lightning_prune.structure.factoring import factors_of, put_factors
 from lightning_prune.structure.low_rank_plan import OWNER, Prospect, Row, chooser, costs, propose, survey
 from lightning_prune.structure.ranks import Wish
@@ -29,7 +27,7 @@ from lightning_prune.structure.ranks import Wish
 _DEFAULT_SCHEDULE = Schedule("one_shot", begin=0.3)
 
 
-class LowRank(Callback):
+class LowRank(StructureCallback):
     """Put products of smaller layers in the place of layers, once, and let training go on with them.
 
     A linear layer and a 1x1 convolution become two (truncated SVD), a convolution becomes three (Tucker-2: a
@@ -98,20 +96,12 @@ class LowRank(Callback):
     # ------------------------------------------------------------------ state
 
     def _reset(self) -> None:
+        super()._reset()
         self._finished = False
         self._dense: dict[str, float] | None = None
         self._rows: list[Row] = []
         self._history: list[dict[str, Any]] = []
         self._left = Fractions("low_rank_macs")
-        self._calls: dict[str, Any] | None = None
-        self._example: Example | None = None
-        self._timeline: Timeline | None = None
-        self._module: weakref.ref[nn.Module] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
-        running: dict[str, Any] = {"_module": None, "_example": None, "_calls": None}
-        return {**self.__dict__, **running}
 
     @property
     def level(self) -> float:
@@ -165,15 +155,6 @@ class LowRank(Callback):
 
     # ------------------------------------------------------------------ hooks
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the module's checkpoints carry its layers, and refuse what cannot work."""
-        if self._module is None or self._module() is not pl_module:
-            self._reset()
-            self._module = weakref.ref(pl_module)
-        if stage == "fit":
-            check_strategy(trainer.strategy, OWNER)
-        _checkpoint_hooks.install(pl_module)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See which layers can be factored and whether that is enough, and show what it will come to."""
         self._timeline = _clock.plan(trainer, pl_module, self.schedule)
@@ -193,35 +174,9 @@ class LowRank(Callback):
         if trainer.is_global_zero and trainer.progress_bar_callback is not None:
             show(prospect)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Factor the layers if it is this epoch's turn, and log for those who monitor."""
-        self._advance(trainer, pl_module)
-        self._left.on_epoch(pl_module)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Factor the layers if it is this step's turn, and show what remains in the progress bar."""
-        self._advance(trainer, pl_module)
-        self._left.on_batch(pl_module)
-
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from the earlier state that a guard has put back; `load_state_dict` has told which."""
         self._left.due = True
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind on a module that is as it was."""
-        _checkpoint_hooks.uninstall(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind; Lightning calls no teardown after an exception."""
-        _checkpoint_hooks.clean_up(trainer, pl_module, exception, OWNER)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add the manifest where the module's own hook is not there to do it."""
-        checkpoint[manifest.KEY] = manifest.to_checkpoint(pl_module)
 
     # ------------------------------------------------------------------ factoring
 
@@ -280,25 +235,19 @@ class LowRank(Callback):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Choose ranks and factor on rank 0, so that all ranks go on with the same."""
-        assert self._example is not None
-        message: Any = None
-        if trainer.is_global_zero:
+        example = self._example
+        assert example is not None
+
+        def make() -> Any:
             network = _network.traced(pl_module, self._calls)
-            try:
-                # The layers may have become narrower since the fit began.
-                layers = survey(network, self._example, chooser(self.include, self.exclude))
-                prospect = propose(network, layers, self.wish, self._example, self._dense)
-                factors = factors_of(network, prospect.ranks)
-                cpu = {name: [f.cpu() for f in given] for name, given in factors.items()}
-                message = ([_plain(row) for row in prospect.rows], cpu)
-            except LightningPruneError as error:
-                if trainer.world_size == 1:
-                    raise
-                message = str(error)
-        message = trainer.strategy.broadcast(message)
-        if isinstance(message, str):  # the other ranks would wait forever for a rank that only raised
-            raise TracingError(message)
-        return message
+            # The layers may have become narrower since the fit began.
+            layers = survey(network, example, chooser(self.include, self.exclude))
+            prospect = propose(network, layers, self.wish, example, self._dense)
+            factors = factors_of(network, prospect.ranks)
+            cpu = {name: [f.cpu() for f in given] for name, given in factors.items()}
+            return [_plain(row) for row in prospect.rows], cpu
+
+        return decided(trainer, make)
 
 
 def low_rank(

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from lightning_prune._lightning import Callback, LightningModule, Trainer
-from lightning_prune.callbacks import _checkpoint_hooks, _clock, _latency, _network
+from lightning_prune._lightning import LightningModule, Trainer
+from lightning_prune.callbacks import _clock, _latency, _network
 from lightning_prune.callbacks._events import decided, emit
-from lightning_prune.callbacks._follow import check_strategy, follow
+from lightning_prune.callbacks._follow import follow
 from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms
+from lightning_prune.callbacks._structure_callback import StructureCallback
 from lightning_prune.deploy.latency_table import Target
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.schedules import Schedule, Timeline
+from lightning_prune.schedules import Schedule
 from lightning_prune.selection import match_names
-from lightning_prune.structure import manifest
 from lightning_prune.structure.budget import Budget, check_search_arguments
-from lightning_prune.structure.costs import METERS, Example, Meter
+from lightning_prune.structure.costs import METERS, Meter
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import Evidence, check_importance
 from lightning_prune.structure.latency import LatencyTable, latency_meter
@@ -34,7 +33,7 @@ _OWNER = "StructuralPruning"
 _DEFAULT_SCHEDULE = Schedule()
 
 
-class StructuralPruning(Callback):
+class StructuralPruning(StructureCallback):
     """Remove channels on a schedule until the network fits its budget, and let training follow.
 
     Channels are really removed, at the start of an epoch (or of an optimizer step, if the schedule's
@@ -127,6 +126,7 @@ class StructuralPruning(Callback):
     # ------------------------------------------------------------------ state
 
     def _reset(self) -> None:
+        super()._reset()
         self._level = 0.0
         self._dense: Dense | None = None
         self._times: LatencyTable | None = None
@@ -134,24 +134,14 @@ class StructuralPruning(Callback):
         self._skipped: dict[str, str] = {}
         self._left = Fractions(self.budget.kind)
         self._widths: dict[str, int] = {}
-        self._calls: dict[str, Any] | None = None
-        self._example: Example | None = None
-        self._timeline: Timeline | None = None
-        self._module: weakref.ref[nn.Module] | None = None
         self._groups: list[Group] = []
         self._learning = Learning(self.importance, self.regularization)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
-        running: dict[str, Any] = {
-            "_module": None,
-            "_example": None,
-            "_calls": None,
-            "_groups": [],
-            "_learning": Learning(self.importance, self.regularization),
-        }
-        running["_learning"].evidence = self._learning.evidence
-        return {**self.__dict__, **running}
+        learning = Learning(self.importance, self.regularization)
+        learning.evidence = self._learning.evidence
+        return {**super().__getstate__(), "_groups": [], "_learning": learning}
 
     @property
     def level(self) -> float:
@@ -232,15 +222,11 @@ class StructuralPruning(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the module's checkpoints carry its structure, and refuse what cannot work."""
-        if self._module is None or self._module() is not pl_module:
-            self._reset()
-            self._module = weakref.ref(pl_module)
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_strategy(trainer.strategy, _OWNER)
             makers = [name for name, layer in pl_module.named_modules() if isinstance(layer, _network.MAKERS)]
             if makers:
                 match_names(makers, self.include, self.exclude, _OWNER)
-        _checkpoint_hooks.install(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace the network, see whether the budget can be met, and show what it will come to."""
@@ -264,18 +250,6 @@ class StructuralPruning(Callback):
         outlook = foresee(network, groups, self.recipe, self._dense, self._example, meter)
         if trainer.is_global_zero and trainer.progress_bar_callback is not None:
             show(outlook, groups)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut if an event falls on this epoch, and log for those who monitor."""
-        self._advance(trainer, pl_module)
-        self._left.on_epoch(pl_module)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Cut if an event falls on this optimizer step, and show what remains in the progress bar."""
-        self._advance(trainer, pl_module)
-        self._left.on_batch(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Learn which channels matter, and press on those that do not."""
@@ -304,20 +278,14 @@ class StructuralPruning(Callback):
         self._learning.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind on a module that is as it was."""
+        """Stop watching the network, and leave no hook behind on a module that is as it was."""
         self._learning.stop()
-        _checkpoint_hooks.uninstall(pl_module)
+        super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; Lightning calls no teardown after an exception."""
         self._learning.stop()
-        _checkpoint_hooks.clean_up(trainer, pl_module, exception, _OWNER)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add the manifest where the module's own hook is not there to do it."""
-        checkpoint[manifest.KEY] = manifest.to_checkpoint(pl_module)
+        super().on_exception(trainer, pl_module, exception)
 
     # ------------------------------------------------------------------ cutting
 

@@ -57,6 +57,7 @@ def running(module: nn.Module, training: bool) -> Iterator[None]:
         training: Whether the user's modules are to see `self.training` true.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Dropout(0.5))
         >>> with running(net, training=True):
         ...     bool((net(torch.ones(8)) == 1).all())

@@ -122,11 +122,8 @@ class Mixer(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.embed, self.position = nn.Linear(10, width), nn.Parameter(torch.randn(1, 7, width))
-        self.norm1, self.qkv, self.out = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 3 * width),
-            nn.Linear(width, width),
-        )
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
         self.head = nn.Linear(width, 3)
 
