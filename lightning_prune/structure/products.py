@@ -251,7 +251,8 @@ def bilinear(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     """`nn.Bilinear`: a weight of (made, read, read)."""
     first, weight, second = args[:3]
     if first.dim() != 2 or second.dim() != 2:
-        raise NotImplementedError("a sum of products over other dimensions")
+        # As for an operator without a rule: what it meets is pinned.
+        raise ValueError("a bilinear layer of anything but rows of vectors")
     consume(f, first, vector(f, first, 1), vector(f, weight, 1))
     consume(f, second, vector(f, second, 1), vector(f, weight, 2))
     made = vector(f, weight, 0)
