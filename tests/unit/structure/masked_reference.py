@@ -52,10 +52,12 @@ def masked(dense: nn.Module, change: Change) -> nn.Module:
 
 def _norm_without(layer: nn.Module, stay: Tensor):
     kinds = (nn.LayerNorm.forward, nn.RMSNorm.forward)
-    first = isinstance(layer, nn.GroupNorm) or type(layer).forward not in kinds
+    own = type(layer).forward not in kinds
 
     def forward(x: Tensor) -> Tensor:
         out = torch.zeros_like(x)
+        # A user's own LayerNorm normalises the second dimension only if the last is not as wide.
+        first = isinstance(layer, nn.GroupNorm) or (own and x.shape[-1] != len(stay))
         if first:
             rows = x[:, stay]
             if isinstance(layer, nn.GroupNorm):
