@@ -245,9 +245,10 @@ def test_a_variant_that_is_let_go_ends_its_runs_before_another_is_loaded(family)
     time.sleep(0.1)
     assert opened == ["large", "medium"]
     assert session.run(None, {"x": X})[0][0, 0] == 2
+    loading = session._loading  # waits for large, so it is still there
     finish.set()
     held.join()
-    session._loading.join()
+    loading.join()
     assert results == [9.0]
     assert opened == ["large", "medium", "small"]
     assert served(session)[-1] == 3
