@@ -24,7 +24,8 @@ class Fractions:
     def on_epoch(self, pl_module: LightningModule) -> None:
         """Log for those who monitor; to be called in `on_train_epoch_start`."""
         for name, value in self.values.items():
-            pl_module.log(name, value, on_step=False, on_epoch=True)
+            # The same on every rank, and for all of them: of equal numbers a maximum is exact, a mean is not.
+            pl_module.log(name, value, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
         self.due = True
 
     def on_batch(self, pl_module: LightningModule) -> None:

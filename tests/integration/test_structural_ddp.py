@@ -53,6 +53,7 @@ QUICK = ("manual_static", "joint", "low_rank")  # the others are as slow and fin
 def test_ranks_stay_identical_through_every_cut(tmp_path, variant):
     code, ranks, errors = run(tmp_path, variant)
     assert code == 0, errors[-3000:]
+    assert "self.log('macs'" not in errors, "Lightning advises to log for all ranks"
     assert len(ranks) == 2
     assert ranks[0]["rows"] == ranks[1]["rows"]
     sizes = [row[1] for row in ranks[0]["rows"]]
