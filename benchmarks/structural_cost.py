@@ -6,8 +6,8 @@
 
 `resnet50` and `densenet121` are torchvision's, which must be installed for `cut`. In `epoch` and `step` the
 compared trainings take turns step by step in one process, because times of different minutes cannot be
-compared on a shared machine; "again" shows how far apart equal things are measured. Each run writes a JSON
-with all raw numbers and a Markdown table made from it to `benchmarks/results/`.
+compared on a shared machine; "again" shows how far apart equal things are measured. `step` takes four
+minutes. Each run writes a JSON with all raw numbers and a Markdown table made from it to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -116,17 +116,39 @@ def module_of(net: nn.Module) -> Any:
     return Module()
 
 
+def gradient_clock() -> Any:
+    """Notes the time when its turn comes in `on_before_optimizer_step`: two of them time what is between."""
+    import pytorch_lightning as pl
+
+    class Clock(pl.Callback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            self.times.append(time.thread_time())
+
+    return Clock()
+
+
 def side_by_side(
     made: dict[str, tuple[Any, list[Any]]], shape: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
-    """Train all of them step by step in turn; return the CPU seconds of the steps of each."""
+    """Train all of them step by step in turn; return the CPU seconds of the steps and hooks of each."""
     batch = (torch.randn(shape), torch.randint(0, 10, shape[:1]))
     # The first two steps allocate; a cut that the callbacks need falls on the last.
     baton = Baton(rounds + 3, tuple(made))
     batches = DataLoader([batch] * (rounds + 3), batch_size=None)
+    clocks = {name: (gradient_clock(), gradient_clock()) for name in made}
     with ThreadPoolExecutor(len(made)) as pool:
-        jobs = {name: pool.submit(run_steps, name, *parts, batches, baton) for name, parts in made.items()}
-    return {name: job.result()["steps"][2:-1] for name, job in jobs.items()}
+        jobs = {}
+        for name, (module, callbacks) in made.items():
+            first, last = clocks[name]
+            jobs[name] = pool.submit(run_steps, name, module, [first, *callbacks, last], batches, baton)
+    found = {}
+    for name, job in jobs.items():
+        hooks = [after - before for before, after in zip(*(c.times for c in clocks[name]), strict=True)]
+        found[name] = {"steps": job.result()["steps"][2:-1], "hooks": hooks[2:-1]}
+    return found
 
 
 def halved(net: nn.Module, shape: tuple[int, ...]) -> nn.Module:
@@ -180,16 +202,23 @@ def measure_steps(rounds: int) -> dict[str, Any]:
 def ratio_table(found: dict[str, Any]) -> list[str]:
     rows = []
     for title, variants in found.items():
-        plain = next(iter(variants.values()))
-        for name, steps in variants.items():
+        plain = next(iter(variants.values()))["steps"]
+        for name, times in variants.items():
+            steps = times["steps"]
             ratios = [a / b for a, b in zip(steps, plain, strict=True)]
             low, high = median_interval(ratios)
             cells = [title, name, f"{statistics.median(steps) * 1e3:.1f}"]
             cells += [f"{statistics.median(ratios):.3f} ({low:.3f}-{high:.3f})"]
-            rows.append([*cells, f"{sum(steps) / sum(plain):.3f}"])
-    return table(
-        ["model", "variant", "median step, CPU ms", "ratio by round, median (95 %)", "ratio of epochs"], rows
-    )
+            hook = statistics.median(times["hooks"])
+            hooked = f"{hook * 1e3:.2f} ms, {hook / statistics.median(plain):.1%}"
+            rows.append([*cells, f"{sum(steps) / sum(plain):.3f}", hooked])
+    head = ["model", "variant", "median step, CPU ms", "ratio by round, median (95 %)", "ratio of epochs"]
+    return [
+        *table([*head, "gradient hook"], rows),
+        "",
+        "Gradient hook: what the callback adds to gradients, or reads from them, timed by itself and as a part of "
+        "the dense step; no noise of the rest of the step can hide it.",
+    ]
 
 
 def main() -> None:
@@ -197,7 +226,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("cut", "epoch", "step"))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12, help="a round of `step` takes some 12 s")
     parser.add_argument("--models", nargs="+", default=["resnet50", "densenet121"], help="of torchvision")
     parser.add_argument("--threads", type=int, default=2, help="for `cut`; the others use one")
     options = parser.parse_args()
