@@ -7,7 +7,8 @@
 `resnet50` and `densenet121` are torchvision's, which must be installed for `cut`. In `epoch` and `step` the
 compared trainings take turns step by step in one process, because times of different minutes cannot be
 compared on a shared machine; "again" shows how far apart equal things are measured. `step` takes four
-minutes. Each run writes a JSON with all raw numbers and a Markdown table made from it to `benchmarks/results/`.
+minutes. Each run writes a JSON with all raw numbers, and a Markdown table made from it, to
+`benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -216,8 +217,8 @@ def ratio_table(found: dict[str, Any]) -> list[str]:
     return [
         *table([*head, "gradient hook"], rows),
         "",
-        "Gradient hook: what the callback adds to gradients, or reads from them, timed by itself and as a part of "
-        "the dense step; no noise of the rest of the step can hide it.",
+        "Gradient hook: what the callback adds to gradients, or reads from them, timed by itself, and as a "
+        "part of the dense step. No noise of the other parts can hide it.",
     ]
 
 
