@@ -223,7 +223,9 @@ class MagnitudePruning(Callback):
         self._dynamics.remember(pl_module, trainer.current_epoch)
         self._advance(trainer, pl_module)
         for suffix, value in (("", self._achieved()), ("_target", self._target())):
-            pl_module.log(self._log_name(trainer, suffix), value, on_step=False, on_epoch=True)
+            # The same on every rank, and for all of them: of equal numbers a maximum is exact, a mean is not.
+            name = self._log_name(trainer, suffix)
+            pl_module.log(name, value, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
         self._log_due = True
 
     def on_train_batch_start(
