@@ -116,7 +116,7 @@ def trainer_for(
     return Trainer(
         max_epochs=epochs, accelerator=arguments.accelerator, devices=1, precision=arguments.precision,
         logger=False, enable_model_summary=False, callbacks=[*callbacks, last], num_sanity_val_steps=0,
-        check_val_every_n_epoch=5 if arguments.choose else epochs, enable_progress_bar=arguments.progress,
+        check_val_every_n_epoch=epochs, enable_progress_bar=arguments.progress,
     )  # fmt: skip
 
 

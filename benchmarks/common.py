@@ -61,6 +61,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write plain data whole or not at all."""
+    replace_text(path, json.dumps(value))
+
+
+def replace_text(path: Path, content: str) -> None:
+    """Write a text whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(content, encoding="utf-8")
+    beside.replace(path)
+
+
 def write(
     name: str,
     config: Mapping[str, object],
@@ -92,9 +105,6 @@ def write(
         json.dumps(about),
         "",
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".json", json.dumps(raw)), (".md", "\n".join(lines))):
-        path = folder / f"{name}{suffix}"
-        path.with_suffix(".tmp").write_text(content, encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
+    write_json(folder / f"{name}.json", raw)
+    replace_text(folder / f"{name}.md", "\n".join(lines))
     print("\n".join(lines))
