@@ -13,10 +13,10 @@ if _find_spec("torch") is not None:  # without it, as on a device, there is only
     from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
     from lightning_prune.callbacks.quantization_aware_training import QuantizationAwareTraining
     from lightning_prune.callbacks.structural_pruning import StructuralPruning
-    from lightning_prune.deploy.latency_table import Target
     from lightning_prune.deploy.onnx import Onnx
     from lightning_prune.deploy.profile import Profile
     from lightning_prune.deploy.quantize import Quantize
+    from lightning_prune.deploy.timing import Target
     from lightning_prune.exporting import export
     from lightning_prune.loading import PrunedLoading, load_pruned
     from lightning_prune.portable import load_state, save_state

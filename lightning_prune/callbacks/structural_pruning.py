@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from lightning_prune._lightning import LightningModule, Trainer
-from lightning_prune.callbacks import _clock, _latency, _network
+from lightning_prune.callbacks import _clock, _network
 from lightning_prune.callbacks._events import decided, emit
 from lightning_prune.callbacks._follow import follow
 from lightning_prune.callbacks._fractions import Fractions
+from lightning_prune.callbacks._latency import Stopwatch
 from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms
 from lightning_prune.callbacks._structure_callback import StructureCallback
-from lightning_prune.deploy.latency_table import Target
+from lightning_prune.deploy.timing import Target
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Schedule
 from lightning_prune.selection import match_names
 from lightning_prune.structure.budget import Budget, check_search_arguments
-from lightning_prune.structure.costs import METERS, Meter
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import Evidence, check_importance
-from lightning_prune.structure.latency import LatencyTable, latency_meter
+from lightning_prune.structure.latency import LatencyTable
 from lightning_prune.structure.plan import Dense, Recipe, foresee, measure, plan, survey
 from lightning_prune.structure.surgery import Change, from_plain, plain
 
@@ -129,7 +129,7 @@ class StructuralPruning(StructureCallback):
         super()._reset()
         self._level = 0.0
         self._dense: Dense | None = None
-        self._times: LatencyTable | None = None
+        self._watch = Stopwatch(self.target or Target(), self.latency_table)
         self._history: list[dict[str, Any]] = []
         self._skipped: dict[str, str] = {}
         self._left = Fractions(self.budget.kind)
@@ -167,7 +167,7 @@ class StructuralPruning(StructureCallback):
             "level": self._level,
             "history": [dict(entry) for entry in self._history],
             "dense": None if dense is None else {"widths": dict(dense.widths), "costs": dict(dense.costs)},
-            "times": None if self._times is None else self._times.plain(),
+            "times": None if self._watch.table is None else self._watch.table.plain(),
             "widths": dict(self._widths),
             "skipped": dict(self._skipped),
             "evidence": {"totals": dict(evidence.totals), "steps": evidence.steps},
@@ -180,7 +180,7 @@ class StructuralPruning(StructureCallback):
         dense = state_dict["dense"]
         self._dense = None if dense is None else Dense(dict(dense["widths"]), dict(dense["costs"]))
         times = state_dict.get("times")
-        self._times = None if times is None else LatencyTable.from_plain(times)
+        self._watch.table = None if times is None else LatencyTable.from_plain(times)
         self._widths = dict(state_dict["widths"])
         self._skipped = dict(state_dict["skipped"])
         self._learning.evidence = Evidence(**state_dict["evidence"])
@@ -241,12 +241,12 @@ class StructuralPruning(StructureCallback):
         if self._dense is None:
             self._dense = measure(network, groups, self._example)
             if self.budget.kind == "latency":
-                known = (self.recipe, self._dense, self._example)
-                wanted = (self.target or Target(), self.latency_table)
-                self._times = _latency.table_for(trainer, network, groups, *known, *wanted)
-                self._dense = measure(network, groups, self._example, self._meters)
+                self._watch.prepare(trainer, network, groups, self.recipe, self._example)
+                self._dense = measure(network, groups, self._example, self._watch.meters)
+        elif self._watch.table is not None:
+            self._watch.recall(trainer)
         self._take_stock(network, groups)
-        meter = self._meters[self.budget.kind]
+        meter = self._watch.meters[self.budget.kind]
         outlook = foresee(network, groups, self.recipe, self._dense, self._example, meter)
         if trainer.is_global_zero and trainer.progress_bar_callback is not None:
             show(outlook, groups)
@@ -264,6 +264,10 @@ class StructuralPruning(StructureCallback):
         """See the network anew when other layers have taken the place of some."""
         if change.removed and self._example is not None:
             self._learning.evidence = Evidence()
+            if self._watch.table is not None:  # it has no times of the new layers
+                network = _network.traced(pl_module, self._calls)
+                groups = survey(network, self._example, self._choose)
+                self._watch.prepare(trainer, network, groups, self.recipe, self._example)
             self.on_rollback(trainer, pl_module)
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,40 +321,27 @@ class StructuralPruning(StructureCallback):
         achieved, target = self._left.values[self.budget.kind], self.recipe.budget.fraction_at(level)
         entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         entry |= {"level": level, "target": target, "achieved": achieved}
-        if self._times is not None:
-            assert self._dense is not None
-            predicted = achieved * self._dense.costs["latency"]
-            before = self._history[-1] if self._history and not change else None
-            where = self.target or Target()
-            entry |= _latency.check(trainer, pl_module, network, self._example, predicted, where, before)
+        if self._watch.table is not None:
+            entry |= self._watch.outcome(trainer, pl_module, network, self._example)
         self._history.append(entry)
         self._left.due = True
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, level: float) -> Change:
         assert self._dense is not None
         assert self._example is not None
-        dense, example = self._dense, self._example
-
-        def make() -> dict[str, Any]:
-            network = _network.traced(pl_module, self._calls)
-            scores = self._learning.evidence.scores()
-            if self._times is not None:
-                scores = _latency.scores(network, self._groups, self._times, self.importance, scores)
-            meter = self._meters[self.budget.kind]
-            return plain(plan(network, self._groups, self.recipe, dense, level, example, scores, meter))
-
-        return from_plain(decided(trainer, make))
-
-    @property
-    def _meters(self) -> Mapping[str, Meter]:
-        return METERS if self._times is None else {**METERS, "latency": latency_meter(self._times)}
+        network = _network.traced(pl_module, self._calls)
+        asked = (network, self._groups, self.recipe, self._dense, level, self._example)
+        gathered = self._learning.evidence.scores()
+        if self._watch.table is not None:
+            return self._watch.plan(trainer, *asked, gathered)
+        return from_plain(decided(trainer, lambda: plain(plan(*asked, gathered))))
 
     def _take_stock(self, network: nn.Module, groups: Sequence[Group]) -> None:
         """Note what remains of the dense network, and what was left intact."""
         assert self._dense is not None
         assert self._example is not None
         for kind in dict.fromkeys((self.budget.kind, "macs", "params")):
-            cost = self._meters[kind](network, groups, self._example)({})
+            cost = self._watch.meters[kind](network, groups, self._example)({})
             self._left.values[kind] = cost / (self._dense.costs[kind] or 1.0)
         self._widths = {group.name: group.channels for group in groups}
         self._skipped = {group.name: group.reason for group in groups if group.reason}

@@ -1,9 +1,10 @@
 """The process that times ONNX files: standard library, numpy and ONNX Runtime, nothing else.
 
-`python _latency_child.py FOLDER` reads `job.json` there, `{"threads": 1, "cycles": [[file, ...], ...]}`, and
-prints one JSON object. The files of a cycle are loaded together and run in turn, again and again, so that
-each finds the processor's caches as it would amid the others. A file may be there several times. Its inputs
-are in the `.npz` beside it; without one they are made up.
+`python _latency_child.py FOLDER` reads `job.json` there, `{"threads": 1, "anchor": file, "cycles": [[file,
+...], ...]}`, and prints one JSON object. The files of a cycle are loaded together and run in turn, again and
+again, so that each finds the processor's caches as it would amid the others. The anchor runs in every turn of
+every cycle: when the machine gets slower it does too, and times are told as if it had not. A file may be in
+several cycles. Its inputs are in the `.npz` beside it; without one they are made up.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ def load(path: Path, threads: int) -> Any:
     return lambda: session.run(None, feeds)
 
 
-def time_cycle(folder: Path, names: list[str], threads: int, best: dict[str, float]) -> None:
+def time_cycle(folder: Path, names: list[str], threads: int) -> dict[str, float]:
     """Time the files of a cycle; of each the fastest run counts, which other programs disturb least.
 
     On one thread it is computing time: while it waits for other programs it does not run.
     """
     clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
     runs = [(name, load(folder / name, threads)) for name in names]
+    best = dict.fromkeys(names, float("inf"))
     end, turn = time.perf_counter() + _SECONDS, 0
     while turn < _LEAST or (turn < _MOST and time.perf_counter() < end):
         for name, run in runs:
@@ -58,8 +60,23 @@ def time_cycle(folder: Path, names: list[str], threads: int, best: dict[str, flo
             run()
             spent = (clock() - start) / 1e6
             if turn >= _WARM:
-                best[name] = min(best.get(name, spent), spent)
+                best[name] = min(best[name], spent)
         turn += 1
+    return best
+
+
+def at_one_pace(cycles: list[dict[str, float]], anchor: str) -> dict[str, float]:
+    """Bring the times of all cycles to the pace of the one in which the anchor ran fastest.
+
+    Of a file that was in several, the median counts.
+    """
+    pace = min((cycle[anchor] for cycle in cycles), default=0.0)
+    found: dict[str, list[float]] = {anchor: [pace]}
+    for cycle in cycles:
+        for name, spent in cycle.items():
+            if name != anchor:
+                found.setdefault(name, []).append(spent * pace / cycle[anchor])
+    return {name: sorted(times)[(len(times) - 1) // 2] for name, times in found.items()}
 
 
 def processor() -> str:
@@ -78,11 +95,10 @@ def main(folder: Path) -> None:
     import onnxruntime as ort
 
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    best: dict[str, float] = {}
-    for names in job["cycles"]:
-        time_cycle(folder, names, job["threads"], best)
-    target = f"{processor()} ({platform.machine()}), onnxruntime {ort.__version__}, threads {job['threads']}"
-    sys.stdout.write(json.dumps({"ms": best, "target": target}) + "\n")
+    anchor, threads = job["anchor"], job["threads"]
+    cycles = [time_cycle(folder, [anchor, *names], threads) for names in job["cycles"]]
+    target = f"{processor()} ({platform.machine()}), onnxruntime {ort.__version__}, threads {threads}"
+    sys.stdout.write(json.dumps({"ms": at_one_pace(cycles, anchor), "target": target}) + "\n")
 
 
 if __name__ == "__main__":

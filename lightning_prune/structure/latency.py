@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,11 +69,17 @@ class LatencyTable:
         layers: `{weight: its layer's times}`.
         points: `(sum of the layers, the whole network)` in ms, of the networks that were measured whole.
         target: Hardware and runtime that the times are of, as text.
+        pace: What the anchor took when they were measured, in ms: later times are told at this pace.
+        known: Milliseconds of all networks that were measured, by key.
+        network: The key of the network that the layers are of.
     """
 
     layers: Mapping[str, LayerTimes]
     points: Sequence[tuple[float, float]] = field(default=())
     target: str = ""
+    pace: float | None = None
+    known: Mapping[str, float] = field(default_factory=dict)
+    network: str = ""
 
     def whole(self, added: float) -> float:
         """Return the milliseconds of a network from the sum of its layers.
@@ -104,7 +110,7 @@ class LatencyTable:
         highest, kept = 0.0, {}
         for added, whole in sorted(points):
             highest = kept[added] = max(highest, whole)
-        return LatencyTable(self.layers, list(kept.items()), self.target)
+        return replace(self, points=list(kept.items()))
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain data, for JSON and checkpoints."""
@@ -120,7 +126,8 @@ class LatencyTable:
             True
         """
         layers = {name: LayerTimes(**times) for name, times in data["layers"].items()}
-        return cls(layers, [(added, whole) for added, whole in data["points"]], data["target"])
+        points = [(added, whole) for added, whole in data["points"]]
+        return cls(layers, points, data["target"], data["pace"], dict(data["known"]), data["network"])
 
 
 class LatencyCosts:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune.deploy import latency_table as lt
+from lightning_prune.deploy.layer_files import grid, layer_file, network_key, observe
 from lightning_prune.deploy.runtime import open_session
 from lightning_prune.errors import ConfigurationError, ProfileError
 
@@ -33,8 +34,8 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_file_of_a_layer_computes_what_the_layer_does(name, copies):
     layer, shape = LAYERS[name]
-    (found,) = lt.observe(layer, (torch.zeros(shape),), {})
-    model = lt.layer_file(found, *found.shape[:2], found.inputs[0], copies)
+    (found,) = observe(layer, (torch.zeros(shape),), {})
+    model = layer_file(found, *found.shape[:2], found.inputs[0], copies)
     x = torch.randn(shape)
     expected = 0
     for copy in range(copies):
@@ -50,8 +51,8 @@ def test_the_file_of_a_layer_computes_what_the_layer_does(name, copies):
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_runtime_computes_every_copy_and_makes_no_weight_anew(name, tmp_path):
     layer, shape = LAYERS[name]
-    (found,) = lt.observe(layer, (torch.zeros(shape),), {})
-    model = lt.layer_file(found, *found.shape[:2], found.inputs[0], 2)
+    (found,) = observe(layer, (torch.zeros(shape),), {})
+    model = layer_file(found, *found.shape[:2], found.inputs[0], 2)
     open_session(model.SerializeToString(), optimized=tmp_path / "optimized.onnx")
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     assert sum("Conv" in node.op_type or "Gemm" in node.op_type for node in nodes) == 2
@@ -60,12 +61,12 @@ def test_the_runtime_computes_every_copy_and_makes_no_weight_anew(name, tmp_path
 
 def test_narrower_layers_take_the_input_that_fits():
     depthwise, shape = LAYERS["depthwise"]
-    (found,) = lt.observe(depthwise, (torch.zeros(shape),), {})
-    model = lt.layer_file(found, 4, 1, found.inputs[0], 1)
+    (found,) = observe(depthwise, (torch.zeros(shape),), {})
+    model = layer_file(found, 4, 1, found.inputs[0], 1)
     assert open_session(model.SerializeToString()).get_inputs()[0].shape == [1, 4, 9, 9]
     conv, shape = LAYERS["conv"]
-    (found,) = lt.observe(conv, (torch.zeros(shape),), {})
-    session = open_session(lt.layer_file(found, 4, 2, found.inputs[0], 2).SerializeToString())
+    (found,) = observe(conv, (torch.zeros(shape),), {})
+    session = open_session(layer_file(found, 4, 2, found.inputs[0], 2).SerializeToString())
     assert session.get_inputs()[0].shape == [1, 2, 9, 9]
 
 
@@ -79,7 +80,7 @@ def test_layers_are_noted_as_they_are_called():
             return self.head(self.conv(self.conv(x)[..., ::2]).mean((2, 3)))
 
     net = Twice().train()
-    layers = lt.observe(net, (torch.zeros(1, 3, 4, 8),), {})
+    layers = observe(net, (torch.zeros(1, 3, 4, 8),), {})
     assert [layer.weight for layer in layers] == ["conv.weight", "head.weight"]
     assert layers[0].inputs == ((1, 3, 4, 8), (1, 3, 4, 4))
     assert net.training
@@ -88,7 +89,7 @@ def test_layers_are_noted_as_they_are_called():
 
 @given(st.integers(1, 5000))
 def test_widths_are_few_and_such_that_runtimes_are_fast_at(size):
-    widths = lt.grid(size)
+    widths = grid(size)
     assert widths == sorted(set(widths))
     assert widths[-1] == size
     assert len(widths) <= 5
@@ -98,8 +99,8 @@ def test_widths_are_few_and_such_that_runtimes_are_fast_at(size):
 
 def test_times_are_positive_and_less_is_never_slower():
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10))
-    layers = lt.observe(net, (torch.zeros(1, 3, 8, 8),), {})
-    times, target = lt.measure_layers(layers, {("0.weight", 0), ("3.weight", 1)})
+    layers = observe(net, (torch.zeros(1, 3, 8, 8),), {})
+    times, _, target = lt.measure_layers(layers, {("0.weight", 0), ("3.weight", 1)})
     assert times["0.weight"]["first"] == [16, 32]
     assert times["0.weight"]["second"] == [3]
     assert times["3.weight"]["first"] == [10]
@@ -130,11 +131,18 @@ def test_a_file_that_cannot_be_timed_is_named_in_the_error(tmp_path):
         lt.time_files(tmp_path, [["broken.onnx"]])
 
 
-TABLE = {"layers": {}, "points": [[1.0, 2.0]], "target": "here"}
+TABLE = {
+    "layers": {},
+    "points": [[1.0, 2.0]],
+    "target": "here",
+    "pace": 0.1,
+    "known": {},
+    "network": "net",
+}
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
-    lt.write_table(tmp_path / "t.json", TABLE, "net")
+    lt.write_table(tmp_path / "t.json", TABLE)
     assert lt.read_table(tmp_path / "t.json", "net", "here") == TABLE
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
@@ -151,7 +159,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 )
 def test_a_stale_or_foreign_table_is_refused(tmp_path, change, message):
     path = tmp_path / "t.json"
-    lt.write_table(path, TABLE, "net")
+    lt.write_table(path, TABLE)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     if message is None:
         data = json.loads(path.read_text())
@@ -170,7 +178,7 @@ def test_a_damaged_table_is_refused(tmp_path):
 
 def test_a_network_is_known_by_its_layers_and_what_may_vary():
     def key(net, varying=()):
-        return lt.network_key(lt.observe(net, (torch.zeros(1, 3, 8, 8),), {}), varying)
+        return network_key(observe(net, (torch.zeros(1, 3, 8, 8),), {}), varying)
 
     assert key(nn.Conv2d(3, 4, 3)) == key(nn.Conv2d(3, 4, 3))
     others = [nn.Conv2d(3, 5, 3), nn.Conv2d(3, 4, 3, 2), nn.Sequential(nn.Conv2d(3, 4, 3))]
