@@ -11,7 +11,7 @@ after a resume.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -85,7 +85,13 @@ class State:
         return {**vars(self), "good": dict(self.good), "steps": dict(self.steps)}
 
 
-def judge(rules: Rules, state: State, value: float, levels: Mapping[str, float]) -> tuple[State, Decision]:
+def judge(
+    rules: Rules,
+    state: State,
+    value: float,
+    levels: Mapping[str, float],
+    whole: Collection[str] = (),
+) -> tuple[State, Decision]:
     """Decide what follows from one validation.
 
     Args:
@@ -93,6 +99,7 @@ def judge(rules: Rules, state: State, value: float, levels: Mapping[str, float])
         state: Where the training stood.
         value: The monitored metric.
         levels: The level in force of each pruning callback, 0 to 1.
+        whole: Callbacks that do all or nothing: what failed once is not tried in smaller steps.
 
     Returns:
         Where it stands now, and what is to be done: `"hold"`: this state holds, keep a copy of it;
@@ -113,7 +120,7 @@ def judge(rules: Rules, state: State, value: float, levels: Mapping[str, float])
     """
     reference = _reference(rules, state, value, levels)
     if rules.holds(value, reference):
-        done = state.phase == "settled" or all(level >= 1.0 for level in levels.values())
+        done = state.phase == "settled" or _exhausted(rules, state.steps, levels)
         phase: Phase = "settled" if done else "advancing"
         return State(phase, reference, dict(levels), state.steps), "hold"
     state = replace(state, reference=reference)
@@ -122,16 +129,29 @@ def judge(rules: Rules, state: State, value: float, levels: Mapping[str, float])
     waited = state.waited + 1 if state.phase == "recovering" else 0
     if waited < rules.patience:
         return replace(state, phase="recovering", waited=waited), "wait"
-    return _give_up(rules, state, levels)
+    return _give_up(rules, state, levels, whole)
 
 
-def _give_up(rules: Rules, state: State, levels: Mapping[str, float]) -> tuple[State, Decision]:
+def _exhausted(rules: Rules, steps: Mapping[str, float], levels: Mapping[str, float]) -> bool:
+    """Whether no callback has a further level that is worth trying."""
+    least = rules.min_step * (1 - 1e-9)
+    return all(level >= 1.0 or steps.get(name, math.inf) < least for name, level in levels.items())
+
+
+def _give_up(
+    rules: Rules, state: State, levels: Mapping[str, float], whole: Collection[str]
+) -> tuple[State, Decision]:
     """Go back, and halve the steps that were too large."""
     taken = {name: level - state.good.get(name, level) for name, level in levels.items()}
     # Where no step was taken since, the metric fell by itself: steps that were limited before get smaller.
     tried = {name: step for name, step in taken.items() if step > 0} or dict(state.steps)
-    steps = {**state.steps, **{name: step / 2 for name, step in tried.items()}}
-    if tried and max(steps[name] for name in tried) < rules.min_step * (1 - 1e-9):
+    least = rules.min_step * (1 - 1e-9)
+    half = {
+        name: step / 2 if step / 2 >= least and name not in whole else 0.0 for name, step in tried.items()
+    }
+    steps = {**state.steps, **half}
+    # Where one has come to its end, those that were not tried with it may still go on.
+    if tried and _exhausted(rules, steps, {**levels, **state.good}):
         return replace(state, phase="settled", steps=steps, waited=0), "settle"
     return replace(state, phase="advancing", steps=steps, waited=0), "return"
 

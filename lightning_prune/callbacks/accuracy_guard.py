@@ -258,7 +258,9 @@ class AccuracyGuard(Callback):
         # The ranks need not have logged with sync_dist; they must decide alike.
         value = float(trainer.strategy.reduce(self._metric(trainer), reduce_op="mean"))
         before, levels = self._state, self._levels(trainer)
-        self._state, decision = judge(self.rules, before, value, levels)
+        followers = _snapshot.followers(trainer)
+        whole = {c.state_key for c in followers if not getattr(c, "divisible", True)}
+        self._state, decision = judge(self.rules, before, value, levels, whole)
         self._due = None if decision == "wait" else decision
         self._keep_time(trainer, pl_module)
         assert self._state.reference is not None

@@ -60,6 +60,9 @@ class LowRank(StructureCallback):
         0.25
     """
 
+    divisible = False
+    """Whether there are levels between 0 and 1; what `AccuracyGuard` asks."""
+
     def __init__(
         self,
         budget: Budget | None = None,

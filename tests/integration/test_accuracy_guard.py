@@ -22,7 +22,7 @@ from structural_cases import Net, assert_equal_state, killed_run
 from test_structural_ddp import run as run_on_two_ranks
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from lightning_prune import AccuracyGuard, AfterPruning, EdgeExport, MagnitudePruning, Schedule
+from lightning_prune import AccuracyGuard, AfterPruning, EdgeExport, LowRank, MagnitudePruning, Schedule
 from lightning_prune.errors import ConfigurationError, LightningPruneError
 from lightning_prune.loading import load_pruned
 from lightning_prune.structure import manifest
@@ -96,6 +96,27 @@ def test_nothing_is_pruned_before_there_is_a_reference(tmp_path):
     rows = [(e["epoch"], e["achieved"]) for e in guard.pruning_summary()["history"]]
     assert rows == [(0, 0.0), (1, 1.0)]
     assert guard.settled
+
+
+def test_what_is_done_at_once_and_fails_is_taken_back_and_settled_at_once(tmp_path):
+    low = LowRank(ratio=0.34, schedule=Schedule("one_shot", 1, unit="epoch"), round_to=1)
+    guard, net, settled = AccuracyGuard(patience=1), Cliff(need=0.9), []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            settled.append((trainer.current_epoch, guard.settled, kept(pl_module)))
+
+    trainer(tmp_path, low, guard, Watch(), max_epochs=5).fit(net, data(), data())
+    assert {(epoch, done) for epoch, done, _ in settled} == {(0, False), (1, False), (2, False)} | {
+        (3, True), (4, True)
+    }  # fmt: skip
+    assert {round(left, 2) < 0.9 for epoch, _, left in settled if epoch in (1, 2)} == {True}
+    assert kept(net) == 1.0
+    assert [entry["decision"] for entry in guard.pruning_summary()["history"]][:3] == [
+        "hold",
+        "wait",
+        "settle",
+    ]
 
 
 def test_a_fit_that_ends_in_mid_recovery_ends_with_what_held(tmp_path):

@@ -143,3 +143,29 @@ def test_settled_is_final_though_metrics_move():
         state, _ = judge(Rules(), state, value, {"a": 0.5})
         assert state.phase == "settled"
         assert allowed(state, "a", 0.5, 1.0) == 0.5
+
+
+def test_what_cannot_be_done_by_halves_is_tried_once():
+    rules, levels = Rules(patience=1), {"low": 0.0}
+    state, _ = judge(rules, State(), 0.9, levels, {"low"})
+    state, decision = judge(rules, state, 0.5, {"low": 1.0}, {"low"})
+    assert decision == "wait"
+    state, decision = judge(rules, state, 0.5, {"low": 1.0}, {"low"})
+    assert (state.phase, decision) == ("settled", "settle")
+    assert allowed(state, "low", 0.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("whole", [(), ("first",)], ids=["in-steps", "all-or-nothing"])
+def test_when_one_has_come_to_its_end_a_later_one_goes_on(whole):
+    rules, state, levels = Rules(patience=0, min_step=0.25), State(), {"first": 0.0, "later": 0.0}
+    wanted, decisions = {"first": 1.0, "later": 0.0}, []
+    for time in range(12):
+        wanted["later"] = min(1.0, max(0, time - 5) / 3)
+        value = 0.5 if levels["first"] > 0.1 or levels["later"] > 0.7 else 0.9
+        state, decision = judge(rules, state, value, levels, whole)
+        decisions.append(decision)
+        held = state.good
+        levels = {name: allowed(state, name, held[name], wanted[name]) for name in levels}
+    assert state.phase == "settled"
+    assert levels["first"] == 0.0
+    assert 0.4 < levels["later"] <= 0.7
