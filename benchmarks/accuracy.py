@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import logging
+import re
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from torch import nn
 
 from common import PACKAGES, RESULTS, environment, option, table, write
 from data import add_data_root
+from learning import Recipe
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
 from tasks import TASKS, Task, TaskData
@@ -214,12 +217,26 @@ def run_name(method: str, seed: int, arguments: argparse.Namespace) -> str:
     return "_".join([*parts, f"seed{seed}"])
 
 
+def title_of(name: str) -> str:
+    """Write a run's name for a table; the names of options have underscores themselves.
+
+    Example:
+        >>> title_of("structural_macs0.5_round_to-4_importance-bn_scale_lr-0.1_40epochs")
+        'structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs'
+    """
+    keys = {*inspect.signature(StructuralPruning).parameters, "criterion", "zeros_scope"}
+    keys |= {field.name for field in fields(Recipe)}
+    starts = "|".join(sorted(f"{key}-" for key in keys))
+    parts = re.split(rf"_(?={starts}|macs[\d.]|zeros[\d.]|\w+epochs$)", name)
+    return ", ".join(re.sub(rf"^({starts})", lambda key: key[0][:-1] + "=", part) for part in parts)
+
+
 def summarize(name: str, arguments: argparse.Namespace) -> None:
     """Make the table of all finished runs."""
     kind = "choose" if arguments.choose else "final"
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((arguments.work / name).glob(f"*_{kind}*/result.json")):
-        title = path.parent.name.rpartition("_seed")[0].replace(f"_{kind}", "").replace("_", ", ")
+        title = title_of(path.parent.name.rpartition("_seed")[0].replace(f"_{kind}", ""))
         found.setdefault(title, []).append(json.loads(path.read_text(encoding="utf-8")))
     dense = found.get("dense", [None])[0]
     rows = []

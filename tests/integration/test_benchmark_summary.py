@@ -1,0 +1,118 @@
+"""The one page made of all benchmark results: what it claims, and what it must not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "summary.py"
+PLACE = {"cpu": "a processor", "cores": 2, "load": 0.5}
+
+
+def run_of(method: str, seed: int, score: float, int8: float, macs: int) -> dict[str, Any]:
+    file = {"macs": macs, "parameters": 1000, "nonzero": 200, "bytes": 9000, "compressed_bytes": 5000}
+    return {
+        "method": method, "seed": seed, "epochs": 7,
+        "float": {"score": score, **file}, "int8": {"score": int8, **file},
+    }  # fmt: skip
+
+
+def results(folder: Path, choose: bool = False) -> Path:
+    """DS-CNN at 2.5 times fewer MACs of two seeds, and at twice fewer; one timed network."""
+    folder.mkdir(parents=True)
+    keywords = {
+        "dense": [run_of("dense", 0, 0.92, 0.91, 1000)],
+        "structural, macs0.5": [
+            run_of("structural", 0, 0.91, 0.912, 500), run_of("structural", 1, 0.91, 0.908, 500)
+        ],
+        "structural, macs0.4": [run_of("structural", 0, 0.5, 0.5, 400)],
+        "torch-pruning, macs0.5": [run_of("torch-pruning", 0, 0.915, 0.9, 495)],
+    }  # fmt: skip
+    resnet8 = {
+        "dense": [run_of("dense", 0, 0.87, 0.87, 10)],
+        "structural": [run_of("structural", 0, 0.8, 0.8499, 5)],
+    }
+    p50 = {"dense": 20.0, "dense.int8": 10.0, "pruned": 12.0, "pruned.int8": 3.0}
+    timed = {
+        "network": "resnet18", "budget": 0.5, "noisy": True, "macs": {"dense": 4, "pruned": 2},
+        "latency_ms": {kind: {"p50": value} for kind, value in p50.items()},
+    }  # fmt: skip
+    for name, config, found in (
+        ("accuracy_keywords", {"choose": choose}, keywords),
+        ("accuracy_resnet8", {"choose": choose}, resnet8),
+        ("latency_onnxruntime", {}, [timed]),
+        ("magnitude_step", {}, {"net": {"none": {"steps": [1.0, 2.0]}, "ours": {"steps": [1.1, 2.2]}}}),
+    ):
+        raw = {"environment": PLACE, "config": config, "results": found}
+        (folder / f"{name}.json").write_text(json.dumps(raw), encoding="utf-8")
+    return folder
+
+
+def page_of(folder: Path) -> str:
+    subprocess.run([sys.executable, str(SCRIPT), "--results", str(folder)], check=True)
+    return (folder.parent / "README.md").read_text(encoding="utf-8")
+
+
+def rows_with(page: str, start: str) -> list[list[str]]:
+    lines = [line for line in page.splitlines() if line.startswith(f"| {start}")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page_of(results(tmp_path_factory.mktemp("summary") / "results"))
+
+
+def test_each_goal_stands_beside_what_was_reached(page: str) -> None:
+    (change,) = rows_with(page, "DS-CNN keywords, 2x and int8: points")
+    # 91.2 and 90.8 in int8 against 92 in float; deviation 0.2 * sqrt(2).
+    assert change[1:] == ["-1.2", "-0.6", "**-1.00 ± 0.28 (2 seeds)**", "goal", "2.00x, structural, macs0.5"]
+    (resnet8,) = rows_with(page, "MLPerf Tiny ResNet-8")
+    assert resnet8[3:5] == ["**84.99 (1 seed)**", "missed"]
+    (efficiency,) = rows_with(page, "ResNet-18, 2x, ONNX")
+    assert efficiency[1:5] == ["", "0.95", "**0.83**", "below the aim"]
+    (faster,) = rows_with(page, "ResNet-18, ONNX Runtime: pruned int8")
+    assert faster[2:5] == ["5", "**6.7x**", "aim"]
+
+
+def test_what_was_not_measured_is_said_to_be_missing(page: str) -> None:
+    for name in ("ResNet-56", "ResNet-20", "ResNet-50", "ResNet-18, OpenVINO"):
+        assert all(row[3] == "not measured" for row in rows_with(page, name)), name
+    missing = page.rpartition("Not measured yet: ")[2]
+    assert "accuracy_resnet56" in missing
+    assert "accuracy_keywords" not in missing
+
+
+def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str) -> None:
+    weak = page.partition("## Weak spots")[2].partition("## ")[0]
+    assert "84.99 (1 seed) where 85 was wanted" in weak
+    assert "keywords: torch-pruning, macs0.5 is better by 0.50 points than structural, macs0.5." in weak
+    assert "than structural, macs0.4" not in weak  # which has fewer MACs
+    assert "one seed only of structural, macs0.4; torch-pruning, macs0.5" in weak
+    assert "the machine was noisy" in weak
+
+
+def test_cost_is_the_median_ratio_of_steps_made_in_turn(page: str) -> None:
+    assert rows_with(page, "ours") == [
+        ["ours", "1.100", "1.100 to 1.100", "1", "[magnitude_step](results/magnitude_step.md)"]
+    ]
+
+
+def test_the_same_results_give_the_same_page_and_plots(tmp_path: Path, page: str) -> None:
+    folder = results(tmp_path / "again" / "results")
+    assert page_of(folder) == page
+    drawn = {path.name: path.read_bytes() for path in folder.glob("*.svg")}
+    assert sorted(drawn) == ["accuracy.svg", "latency.svg", "size.svg"]
+    assert page_of(folder) == page
+    assert {path.name: path.read_bytes() for path in folder.glob("*.svg")} == drawn
+
+
+def test_what_was_held_out_for_choices_is_no_result(tmp_path: Path) -> None:
+    page = page_of(results(tmp_path / "results", choose=True))
+    assert rows_with(page, "DS-CNN keywords")[0][3] == "not measured"
+    assert "](results/accuracy.svg)" not in page
