@@ -11,43 +11,53 @@ from torch import nn
 from lightning_prune._lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks import _clock, _network
 from lightning_prune.cost import count_macs
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, near_matches
 from lightning_prune.exporting import dense_of, take_baseline
 from lightning_prune.structure import manifest
 from lightning_prune.structure.costs import Example
 
 _OWNER = "ElasticFamily"
+_COSTS = ("macs", "latency")
 
 
 class ElasticFamily(Callback):
     """Keep the network at several sizes while pruning makes it smaller, and let `EdgeExport` write them all.
 
-    For each level, the first network with at most that fraction of the dense multiply-accumulates is kept
-    just before it is made smaller still, so after all the training it got at that size: give the pruning
+    For each level, the first network with at most that fraction of the dense network's cost is kept just
+    before it is made smaller still, so after all the training it got at that size: give the pruning
     callback's schedule a `frequency` of some epochs. `EdgeExport` then exports, quantizes, evaluates and
     times the dense network, each of these (as `elastic-70`, ...) and the last one, draws the Pareto front,
     and leaves `elastic.json` and `elastic.py`, with which `lightning_prune.runtime.ElasticSession` switches
     between them on the device. What is kept travels in checkpoints.
 
     Args:
-        levels: Fractions of the dense network's multiply-accumulates, between 0 and 1.
-        example_input: What the network is run with to count them; see `StructuralPruning`.
+        levels: Fractions of what the dense network costs, between 0 and 1.
+        cost: In what: `"macs"`, multiply-accumulates; or `"latency"`, as the `StructuralPruning` beside it
+            knows it, whose budget must be one of latency then.
+        example_input: What the network is run with to count MACs; see `StructuralPruning`.
 
     Raises:
-        ConfigurationError: A level is out of range.
+        ConfigurationError: A level is out of range, or nothing beside it knows latencies.
 
     Example:
         >>> ElasticFamily([0.7, 0.5]).levels
         [0.7, 0.5]
     """
 
-    def __init__(self, levels: Sequence[float] = (0.7, 0.5), *, example_input: Any = None) -> None:
+    def __init__(
+        self, levels: Sequence[float] = (0.7, 0.5), *, cost: str = "macs", example_input: Any = None
+    ) -> None:
         super().__init__()
         fine = isinstance(levels, (list, tuple)) and levels
         if not fine or not all(isinstance(v, float) and 0 < v < 1 for v in levels):
             expected = "a list of fractions between 0 and 1"
             raise ConfigurationError.of(_OWNER, "levels", expected, levels, "write [0.7, 0.5]")
+        if cost not in _COSTS:
+            raise ConfigurationError.of(
+                _OWNER, "cost", f"of {list(_COSTS)}", cost, near_matches(cost, _COSTS)
+            )
         self.levels = sorted(set(levels), reverse=True)
+        self.cost = cost
         self.example_input = example_input
         self._reset()
 
@@ -87,13 +97,19 @@ class ElasticFamily(Callback):
         self._members = dict(state_dict["members"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start anew with another module."""
+        """Start anew with another module, and refuse levels of latency that nobody knows."""
         if self._module is None or self._module() is not pl_module:
             self._reset()
             self._module = weakref.ref(pl_module)
+        if stage == "fit" and self.cost == "latency" and self._timed(trainer) is None:
+            expected = "'macs' unless a StructuralPruning beside it has a budget of latency"
+            remedy = "give that one Budget(latency=...), a little below the smallest level"
+            raise ConfigurationError.of(_OWNER, "cost", expected, self.cost, remedy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count what the dense network costs."""
+        if self.cost == "latency":
+            return
         _clock.training_length(trainer, pl_module)  # which loads the data, of which a batch is looked at
         self._calls, self._example = _network.find(trainer, pl_module, self.example_input, _OWNER)
         if self._dense is None:
@@ -101,15 +117,27 @@ class ElasticFamily(Callback):
 
     def on_before_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the network if it is the first of one of the levels."""
-        assert self._dense is not None
-        fraction = self._macs(pl_module) / self._dense
+        fraction = self._fraction(trainer, pl_module)
         met = [level for level in self.levels if fraction <= level]
         if not met or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         name = f"elastic-{100 * met[-1]:02.0f}"
         if name not in self._members:
             kept = take_baseline(pl_module, trainer.current_epoch, trainer.global_step)
-            self._members[name] = {**kept, "macs": fraction}
+            self._members[name] = {**kept, self.cost: fraction}
+
+    def _fraction(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        if self.cost == "latency":
+            return float(self._timed(trainer).latency_left)
+        assert self._dense is not None
+        return self._macs(pl_module) / self._dense
+
+    def _timed(self, trainer: Trainer) -> Any:
+        """The callback that knows how long the network takes, or None."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "latency_left", None) is not None:
+                return callback
+        return None
 
     def _macs(self, pl_module: LightningModule) -> float:
         assert self._example is not None

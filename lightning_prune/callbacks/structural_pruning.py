@@ -154,6 +154,11 @@ class StructuralPruning(StructureCallback):
         return self._level >= 1.0
 
     @property
+    def latency_left(self) -> float | None:
+        """The fraction of the dense network's latency that is left; None where the budget is another one."""
+        return self._left.values.get("latency", 1.0) if self.budget.kind == "latency" else None
+
+    @property
     def recipe(self) -> Recipe:
         """What is asked, without the schedule; milliseconds as a fraction once the dense network is known."""
         dense = self._dense.costs.get("latency") if self._dense is not None else None

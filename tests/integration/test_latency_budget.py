@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LightningCLI
 from structural_cases import Net, assert_equal_state, killed_run
 from test_structural_ddp import run as run_on_two_ranks
 
-from lightning_prune import AccuracyGuard, Budget, LayerPruning, StructuralPruning, Target
+from lightning_prune import AccuracyGuard, Budget, ElasticFamily, LayerPruning, StructuralPruning, Target
 from lightning_prune.callbacks import _latency
 from lightning_prune.deploy import latency_table
 from lightning_prune.errors import BudgetError, ConfigurationError, ProfileError
@@ -139,6 +139,27 @@ def test_a_guard_returns_to_the_latency_that_held(tmp_path):
     assert guard.settled
     assert milliseconds(net) > 0.6 * milliseconds(network())
     assert half.pruning_summary()["history"][-1]["measured_ms"] == pytest.approx(milliseconds(net))
+
+
+@pytest.mark.usefixtures("known")
+def test_a_family_has_levels_of_latency(tmp_path):
+    half = pruning(Budget(latency=0.4), round_to=4)
+    family = ElasticFamily([0.7, 0.55], cost="latency")
+    net, _ = run(tmp_path, half, None, family)
+    networks = family.networks(net)
+    assert list(networks) == ["elastic-70", "elastic-55"]
+    reached = [entry["measured_ms"] for entry in half.pruning_summary()["history"]]
+    for level, small in zip([0.7, 0.55], networks.values(), strict=True):
+        most = level * milliseconds(network())
+        assert milliseconds(small) == pytest.approx(next(ms for ms in reached if ms <= most))
+
+
+def test_levels_of_latency_that_nobody_knows_are_refused(tmp_path):
+    fit = trainer(tmp_path, StructuralPruning(Budget(macs=0.5)), ElasticFamily(cost="latency"))
+    with pytest.raises(ConfigurationError, match=r"`cost` .*Budget\(latency=\.\.\.\)"):
+        fit.fit(network(), data(), data())
+    with pytest.raises(ConfigurationError, match="Did you mean 'latency'"):
+        ElasticFamily(cost="latncy")
 
 
 CONFIG = """
