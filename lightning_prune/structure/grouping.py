@@ -46,7 +46,19 @@ def groups_of(record: Record) -> list[Group]:
         numbers = {n: rows for n, rows in settled.attributes.items() if bool((part_of[rows] == place).any())}
         groups.append((bundle, members[place], numbers, settled.blocks.get(place), reason))
     groups.sort(key=lambda entry: entry[0].makers[0].start)
-    return [replace(_group(root, *entry), modes=record.modes) for entry in groups]
+    made = [replace(_group(root, *entry), modes=record.modes) for entry in groups]
+    return _told_apart(made, [entry[0].makers[0].dim for entry in groups])
+
+
+def _told_apart(groups: list[Group], dims: list[int]) -> list[Group]:
+    """Give groups names of their own: a tied weight makes channels of the stream, and scores of words."""
+    taken: set[str] = set()
+    names = {}
+    for place in sorted(range(len(groups)), key=lambda at: bool(groups[at].reason)):
+        name = groups[place].name
+        names[place] = f"{name}[{dims[place]}]" if name in taken else name
+        taken.add(name)
+    return [replace(group, name=names[place]) for place, group in enumerate(groups)]
 
 
 def _parts(record: Record, root: Tensor) -> list[_Part]:

@@ -33,6 +33,19 @@ class Tower(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(x))).mean(1))
 
 
+class TiedWords(nn.Module):
+    """A language model: the table of words is the head, so one weight has channels and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.block, self.norm = nn.Embedding(11, 32), Block(Split()), nn.LayerNorm(32)
+        self.places, self.head = nn.Parameter(torch.randn(1, 9, 32)), nn.Linear(32, 11, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.block(self.words(x) + self.places[:, : x.shape[1]])))
+
+
 class FromShape(nn.Module):
     """The usual hand-written attention, whose head width is the stream's by the number of heads."""
 

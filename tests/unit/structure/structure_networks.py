@@ -602,6 +602,7 @@ ATTENTION: dict[str, Case] = {
     "qkv chunked": Case(tower(attentions.Chunked), tokens, parts_of("attention.to_qkv")),
     "distilbert": Case(tower(attentions.Distil), tokens, parts_of("attention.q_lin")),
     "grouped queries": Case(tower(attentions.Grouped), tokens, parts_of("attention.q")),
+    "tied words": Case(attentions.TiedWords, lambda: torch.randint(11, (2, 5)), ("words", "block.up")),
     "windows": Case(tower(attentions.Window), lambda: torch.randn(2, 16, 12), parts_of()),
     "rms norm": Case(
         lambda: attentions.Tower(attentions.Einsum, norm=nn.RMSNorm), tokens, parts_of("attention.q")
