@@ -242,7 +242,7 @@ class _Exporting(Rounding):
 
 def _fold(trace: Trace, plan: Plan, grid: Grid) -> Iterator[tuple[str, Weights]]:
     """Fold the batch norm behind each layer into its weight; its integers stay what they were in training."""
-    nodes = {node.key: node for node in trace.nodes}
+    nodes, needed = {node.key: node for node in trace.nodes}, trace.needed()
     for key, layer in plan.layers.items():
         weight = argument(*nodes[key].call, 1, "weight").detach().float()
         bias = argument(*nodes[key].call, 2, "bias")
@@ -253,7 +253,7 @@ def _fold(trace: Trace, plan: Plan, grid: Grid) -> Iterator[tuple[str, Weights]]
             columns = factor.view(-1, *[1] * (weight.dim() - 1))
             weight, whole, scales = weight * columns, whole * columns.sign(), scales * factor.abs()
             scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-        yield key, Weights(layer, weight, bias, whole, scales)
+        yield key, Weights(layer, weight, bias, whole, scales, key in needed)
 
 
 def _affine(norm: Node, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class Weights:
         bias: In float, or None.
         whole: The integers.
         scales: The step of each output channel.
+        needed: Whether the network's outputs depend on it; the exporter leaves out what they do not.
     """
 
     layer: Layer
@@ -33,6 +34,7 @@ class Weights:
     bias: Tensor | None
     whole: Tensor
     scales: Tensor
+    needed: bool = True
 
 
 def quantize_weights(graph: Any, found: Sequence[Weights], exclude: Sequence[str]) -> list[str]:
@@ -41,9 +43,9 @@ def quantize_weights(graph: Any, found: Sequence[Weights], exclude: Sequence[str
 
     tensors = {item.name: item for item in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
-    by_value = {_print(w.weight.numpy()): w for w in found}
+    twins = _Twins(found)
     made: dict[str, Any] = {}
-    held, nodes, followed = [], [], set(exclude)
+    held, nodes = [], []
 
     def keep(node: str, name: str, array: Any) -> str:
         # A layer that is used twice may have two batch norms folded in.
@@ -55,11 +57,10 @@ def quantize_weights(graph: Any, found: Sequence[Weights], exclude: Sequence[str
     for node in graph.node:
         weights = None
         if node.op_type in _FOLLOWED and node.input[1] in tensors:
-            weights = by_value.get(_print(numpy_helper.to_array(tensors[node.input[1]])))
+            weights = twins.take(*(numpy_helper.to_array(tensors[n]) for n in node.input[1:] if n in tensors))
         if weights is not None and weights.layer.name in exclude:
             held.append(node.name)
         elif weights is not None:
-            followed.add(weights.layer.name)
             source = float(numpy_helper.to_array(tensors[makers[node.input[0]].input[1]]))
             for position, name, whole, scales in _integers(weights, source):
                 suffixes = ("_quantized", "_scale", "_zero_point")
@@ -72,7 +73,7 @@ def quantize_weights(graph: Any, found: Sequence[Weights], exclude: Sequence[str
                 )
                 node.input[position] = nodes[-1].output[0]
         nodes.append(node)
-    lost = sorted({weights.layer.name for weights in found} - followed)
+    lost = sorted({weights.layer.name for weights in twins.left} - {*exclude})
     if lost:
         raise QuantizationError(
             f"The exporter has changed layers so that they cannot be found again: {lost}."
@@ -88,17 +89,46 @@ def _integers(weights: Weights, source: float) -> Iterator[tuple[int, str, Any, 
 
     whole, scales = weights.whole, weights.scales
     if weights.bias is not None:
-        # A channel with next to no weight would need a bias of more than 32 bits.
+        # A channel with next to no weight would need a bias of more than 32 bits; one with none can have the
+        # finest step that there is.
         least = weights.bias.abs() / (source * _WIDEST_BIAS)
+        empty = (whole == 0).flatten(1).all(1) & (least > 0)
         whole = torch.where(
             (scales < least).view(-1, *[1] * (whole.dim() - 1)), torch.zeros_like(whole), whole
         )
-        scales = torch.maximum(scales, least)
+        scales = torch.where(empty, least, torch.maximum(scales, least))
     name = weights.layer.name
     yield 1, f"{name}.weight", whole.numpy().astype(np.int8), scales.numpy()
     if weights.bias is not None:
         steps = scales.numpy() * np.float32(source)
         yield 2, f"{name}.bias", np.rint(weights.bias.numpy() / steps).astype(np.int32), steps
+
+
+class _Twins:
+    """Finds layers by the values of their weight and bias, which the exporter keeps, unlike their names.
+
+    Layers with the same values (tied, copied, all zeros) are told apart by their order. Of those that read
+    the same the exporter keeps one.
+    """
+
+    def __init__(self, found: Sequence[Weights]) -> None:
+        self._known: dict[Any, list[Weights]] = {}
+        for weights in found:
+            arrays = [tensor.numpy() for tensor in (weights.weight, weights.bias) if tensor is not None]
+            self._known.setdefault(tuple(map(_print, arrays)), []).append(weights)
+        self._met: dict[Any, int] = {}
+
+    def take(self, *arrays: Any) -> Weights | None:
+        """Return the layer whose weight and bias these are, None if there is none."""
+        key = tuple(map(_print, arrays))
+        twins = self._known.get(key, [])
+        count = self._met[key] = self._met.get(key, -1) + 1
+        return twins[min(count, len(twins) - 1)] if twins else None
+
+    @property
+    def left(self) -> list[Weights]:
+        """Those that the outputs depend on, and that were never met."""
+        return [w for key, twins in self._known.items() if key not in self._met for w in twins if w.needed]
 
 
 def _print(array: Any) -> tuple[tuple[int, ...], bytes]:

@@ -93,6 +93,15 @@ class Trace:
     inputs: dict[int, int] = field(default_factory=dict)
     outputs: tuple[int, ...] = ()
 
+    def needed(self) -> set[str]:
+        """Return the keys of the nodes that the outputs depend on, as far as that can be followed."""
+        values, keys = set(self.outputs), set()
+        for node in reversed(self.nodes):
+            if values & set(node.outputs):
+                values.update(node.inputs)
+                keys.add(node.key)
+        return keys
+
 
 class Calls(TorchFunctionMode):
     """Watches torch functions, and knows each call by its key.

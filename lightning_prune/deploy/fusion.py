@@ -76,6 +76,7 @@ def held_in_float(proto: Any, nodes: Sequence[str]) -> Any:
     import onnx
 
     graph = proto.graph
+    nodes = [*nodes, *_partial_pools(graph)]
     if nodes:
         held = {name for node in graph.node if node.name in nodes for name in node.output}
         # An activation behind the node belongs to the same pattern.
@@ -95,6 +96,24 @@ def held_in_float(proto: Any, nodes: Sequence[str]) -> Any:
         del graph.node[:]
         graph.node.extend(patched)
     return proto
+
+
+def _partial_pools(graph: Any) -> list[str]:
+    """Return the average pools that must stay in float; mend those that can be said in another way.
+
+    ONNX Runtime's integer kernel divides by the whole window where `ceil_mode` lets it go over the edge and
+    `count_include_pad` is set. Without padding that attribute means nothing.
+    """
+    held = []
+    for node in graph.node:
+        found = {item.name: item for item in node.attribute}
+        partial = all(name in found and found[name].i for name in ("ceil_mode", "count_include_pad"))
+        if node.op_type == "AveragePool" and partial:
+            if any(found["pads"].ints if "pads" in found else ()):
+                held.append(node.name)
+            else:
+                node.attribute.remove(found["count_include_pad"])
+    return held
 
 
 def with_own_weights(source: str | Path) -> Any:

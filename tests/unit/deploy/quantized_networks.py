@@ -191,6 +191,23 @@ class Shared(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
+class Twins(nn.Module):
+    """Layers of the same weight: one is tied with a bias of its own, two were made all zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 1)
+        self.one, self.tied, self.zero, self.void = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.tied.weight = self.one.weight
+        for layer in (self.zero, self.void):
+            nn.init.zeros_(layer.weight).requires_grad_(False)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.tied(F.relu(self.one(x))) + self.zero(x) * self.void(x))
+        return self.head(F.avg_pool2d(x, 3, 2, ceil_mode=True))
+
+
 class Segment(nn.Module):
     def __init__(self):
         super().__init__()
@@ -229,6 +246,7 @@ NETWORKS = {
     "mixer": (Mixer, (8, 7, 10), 6, {"scaled_dot_product_attention"}),
     "shared": (Shared, PICTURE, 4, set()),
     "signal": (Signal, (8, 9, 40), 3, set()),
+    "twins": (Twins, PICTURE, 6, set()),
 }
 MORE = {
     "masked": (Masked, ROWS, 7, set()),

@@ -10,6 +10,7 @@ import torch
 from onnx import numpy_helper
 from quantized_networks import MORE, NETWORKS, Plain, Residual
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_prune.deploy.fake_quant import grid_of
 from lightning_prune.deploy.fake_quant_file import Trained, TrainedFile
@@ -221,6 +222,39 @@ def test_exporting_leaves_the_module_as_it_was():
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
     assert torch.equal(network(x), expected)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_layer_whose_result_is_thrown_away_is_left_out(tmp_path):
+    class Chatty(Plain):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Conv2d(16, 2, 1)
+
+        def forward(self, x):
+            self.extra(self.a(x))
+            return super().forward(x)
+
+    network, x, state, _, _ = trained(Chatty, (4, 3, 16, 16))
+    assert TrainedFile(network, state, ((x,), {})).write(tmp_path / "q.onnx").integer == 3
+
+
+def test_equal_layers_that_read_the_same_become_one(tmp_path):
+    class Copied(Plain):
+        def __init__(self):
+            super().__init__()
+            self.twin = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.b(F.max_pool2d(self.a(x), 2)).mean((2, 3))
+            return self.head(x) - 2 * self.twin(x)
+
+    network, x, state, _, _ = trained(Copied, (8, 3, 16, 16))
+    network.twin.load_state_dict(network.head.state_dict())
+    done = TrainedFile(network, state, ((x,), {})).write(tmp_path / "q.onnx")
+    run = session(done.path, tmp_path)
+    actual = run.run(None, {run.get_inputs()[0].name: x.numpy()})[0]
+    expected = network(x).detach().numpy()
+    assert np.abs(actual - expected).max() <= 0.03 * np.abs(expected).max()
 
 
 def test_a_computed_weight_is_followed(tmp_path):
