@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_prune._lightning import Callback, namespace_of, trainer_class
+from lightning_prune._lightning import NAMESPACES, Callback, namespace_of, trainer_class
 from lightning_prune.cost import copied
 from lightning_prune.deploy.calls import submodule, untouched_rng
 from lightning_prune.deploy.capture import watch_calls
@@ -64,6 +65,7 @@ def evaluate_file(
         # Lightning's `log` remembers its metrics by the identity of the original's, and has no way to forget.
         stand_in._metric_attributes = None
         _keep_metrics_local(stand_in)
+        _prepared(stand_in)
         target = submodule(stand_in, module_name)
         function = OnnxModule(exported.path, exported.interface)
         target.forward = function
@@ -161,10 +163,18 @@ class _Counter(Callback):
 def ready(datamodule: Any, loaders: Any) -> Any:
     """Return a shallow copy of a datamodule that has its loaders already and is not set up again."""
     twin = copy.copy(datamodule)
-    for hook in ("prepare_data", "setup", "teardown"):
+    for hook in ("setup", "teardown"):
         setattr(twin, hook, _nothing)
+    _prepared(twin)
     twin.val_dataloader = lambda: loaders
     return twin
+
+
+def _prepared(hooked: Any) -> None:
+    # Around a `prepare_data` that is not its own Lightning waits for all processes, and here is only one.
+    bases = (kind for kind in type(hooked).__mro__ if kind.__module__.startswith(NAMESPACES))
+    base: Any = next(bases, None)
+    hooked.prepare_data = _nothing if base is None else MethodType(base.prepare_data, hooked)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
