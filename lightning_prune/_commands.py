@@ -152,7 +152,8 @@ class Commands:
         Args:
             model: The LightningModule.
             datamodule: Gives real inputs.
-            budget: What may remain, in `macs` or `params`; by default half of the MACs.
+            budget: What may remain, in `macs`, `params`, `latency` or `latency_ms`; by default half of the
+                MACs, or what `latency_ms` says.
             latency_ms: What a run of one sample may take; then that decides what is reachable.
             seconds: About how long to measure.
             output: Where the config goes.
@@ -167,7 +168,7 @@ class Commands:
             found = planning.make_plan(
                 model,
                 data,
-                budget or Budget(macs=0.5),
+                budget or (Budget(macs=0.5) if latency_ms is None else Budget(latency_ms=latency_ms)),
                 latency_ms=latency_ms,
                 callbacks=self.callbacks,
                 submodule=None if how is None else how.module,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from lightning_prune.planning import Outcome, Plan
+from lightning_prune.planning import AMOUNTS, Outcome, Plan
 from lightning_prune.report import text
 
 
@@ -19,7 +19,7 @@ def show(found: Plan, console: Console | None = None) -> None:
     console = console or Console()
     base = found.report.baseline
     table = Table(title="Recipes, measured here before any training", title_justify="left")
-    kind = "MACs" if found.budget.kind == "macs" else "parameters"
+    kind = AMOUNTS[found.budget.kind]
     for name in ("recipe", "MACs", f"{kind} left", "p50", "speed-up", "file", "reaches"):
         table.add_column(name, justify="left" if name in ("recipe", "reaches") else "right")
     for outcome in found.outcomes:
@@ -36,14 +36,14 @@ def show(found: Plan, console: Console | None = None) -> None:
 
 def _cells(outcome: Outcome, dense_ms: float | None, found: Plan) -> list[str]:
     variant = outcome.variant
-    if variant is None or outcome.fraction is None:
+    if variant is None:
         return [outcome.recipe, "", "", "", "", "", "cannot be"]
     timed = variant.latency_ms
     mark = "yes" if outcome.reaches else "no"
     return [
         variant.name,
         text.count(variant.macs or 0),
-        text.percent(outcome.fraction),
+        text.percent(outcome.fraction) if outcome.fraction is not None else "",
         text.milliseconds(timed.p50) if timed else "",
         text.factor(dense_ms / timed.p50) if timed and dense_ms else "",
         text.size(variant.bytes or 0),

@@ -21,11 +21,13 @@ from lightning_prune._lightning import LightningModule
 from lightning_prune._pipeline import Progress, run
 from lightning_prune._task import Data, Task
 from lightning_prune.callbacks import _network
+from lightning_prune.callbacks._latency import Stopwatch, scores
 from lightning_prune.callbacks.low_rank import LowRank
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.cost import copied
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.deploy.quantize import Quantize
+from lightning_prune.deploy.timing import Target
 from lightning_prune.errors import BudgetError, ConfigurationError
 from lightning_prune.report.results import Report, Variant
 from lightning_prune.selection import match_names
@@ -34,11 +36,13 @@ from lightning_prune.structure import low_rank_plan
 from lightning_prune.structure.budget import Budget
 from lightning_prune.structure.costs import Example
 from lightning_prune.structure.factoring import factors_of, put_factors
+from lightning_prune.structure.groups import Group
 from lightning_prune.structure.plan import Dense, measure, plan, survey
 from lightning_prune.structure.ranks import KINDS, Wish
 from lightning_prune.structure.surgery import apply
 
 _OWNER = "plan"
+AMOUNTS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 RECIPES: Mapping[str, tuple[str, ...]] = {
     "dense": (),
     "structural": ("StructuralPruning",),
@@ -100,7 +104,8 @@ def make_plan(
     Args:
         module: The LightningModule; it stays untouched.
         data: Real batches, for inputs and calibration.
-        budget: What may remain, in `macs` or `params`.
+        budget: What may remain, in `macs`, `params`, `latency` or `latency_ms`. For latency, layers are
+            timed as `StructuralPruning` does; low rank, which knows no times, gets that fraction of the MACs.
         latency_ms: What a run of one sample may take at the median, in milliseconds; then that decides what
             is reached, in place of the budget.
         callbacks: The config's own; a `StructuralPruning` or `LowRank` among them says how.
@@ -116,16 +121,18 @@ def make_plan(
         TracingError: The network cannot be traced.
         ExportError: The network cannot be exported.
     """
-    if budget.kind not in KINDS:
-        remedy = "give latency_ms beside Budget(macs=0.5)"
-        raise ConfigurationError.of(_OWNER, "budget", f"of one of {list(KINDS)}", budget.kind, remedy)
+    if budget.kind not in (*KINDS, "latency"):
+        expected = f"of one of {[*KINDS, 'latency', 'latency_ms']}"
+        raise ConfigurationError.of(_OWNER, "budget", expected, budget.kind, "write Budget(macs=0.5)")
     if latency_ms is not None and not 0 < latency_ms < float("inf"):
         raise ConfigurationError.of(_OWNER, "latency_ms", "milliseconds above 0", latency_ms)
     structural = next((c for c in callbacks if isinstance(c, StructuralPruning)), StructuralPruning())
     factoring = next((c for c in callbacks if isinstance(c, LowRank)), LowRank())
     base: Any = copied(module).cpu().float()
     calls, example = traced_with(base, data, structural.example_input, _OWNER)
-    dense = low_rank_plan.costs(_network.traced(base, calls), example)
+    cutter = _Cutter(_network.traced(base, calls), example, structural, budget)
+    budget, dense = cutter.budget, cutter.dense.costs
+    latency_ms = cutter.asked.latency_ms or latency_ms
     made: dict[str, Any] = {"dense": base}
     failed: dict[str, str] = {}
     for recipe, steps in RECIPES.items():
@@ -137,10 +144,9 @@ def make_plan(
             for step in steps:
                 if step == "LowRank":
                     # Half of the way for one of two, in factors.
-                    part = budget.fraction ** (1 / len(steps))
-                    _factor(network, example, factoring, Budget(**{budget.kind: part}), dense)
+                    _factor(network, example, factoring, _for_factors(budget, len(steps)), dense)
                 else:
-                    _cut(network, example, structural, budget, dense)
+                    cutter.cut(network)
         except BudgetError as error:
             failed[recipe] = str(error)
             continue
@@ -158,17 +164,16 @@ def make_plan(
         )
         report = run(task, progress)
     left = {name: low_rank_plan.costs(_network.traced(net, calls), example) for name, net in made.items()}
-    fractions = {name: costs[budget.kind] / max(1.0, dense[budget.kind]) for name, costs in left.items()}
     outcomes = [
-        _outcome(variant, fractions[variant.name.removesuffix(".int8")], budget, latency_ms)
+        _outcome(variant, _left(variant, report, left, budget.kind, dense), budget, latency_ms)
         for variant in report.variants
     ]
     outcomes += [Outcome(recipe, None, None, False, reason) for recipe, reason in failed.items()]
     return Plan(budget, latency_ms, tuple(outcomes), report)
 
 
-def _outcome(variant: Variant, fraction: float, budget: Budget, latency_ms: float | None) -> Outcome:
-    reaches = fraction <= budget.fraction
+def _outcome(variant: Variant, fraction: float | None, budget: Budget, latency_ms: float | None) -> Outcome:
+    reaches = fraction is not None and fraction <= budget.fraction
     if latency_ms is not None:
         reaches = variant.latency_ms is not None and variant.latency_ms.p50 <= latency_ms
     return Outcome(variant.name.removesuffix(".int8"), variant, fraction, reaches)
@@ -178,15 +183,63 @@ def _is_int8(variant: Variant | None) -> bool:
     return variant is not None and variant.name.endswith(".int8")
 
 
-def _cut(
-    network: Any, example: Example, how: StructuralPruning, budget: Budget, dense: Mapping[str, float]
-) -> None:
-    groups = survey(network, example, lambda names: _chosen(names, how.include, how.exclude))
-    now = measure(network, groups, example)
-    recipe = copy.copy(how)
-    recipe.budget = budget
-    start = Dense(now.widths, {**now.costs, **dense})
-    apply(network, plan(network, groups, recipe.recipe, start, 1.0, example))
+def _left(
+    variant: Variant,
+    report: Report,
+    left: Mapping[str, Mapping[str, float]],
+    kind: str,
+    dense: Mapping[str, float],
+) -> float | None:
+    """What remains of the dense network: counted, or of the latency measured."""
+    if kind != "latency":
+        return left[variant.name.removesuffix(".int8")][kind] / max(1.0, dense[kind])
+    base = report.baseline
+    if base is None or base.latency_ms is None or variant.latency_ms is None:
+        return None
+    return variant.latency_ms.p50 / base.latency_ms.p50
+
+
+class _Cutter:
+    """Cuts copies of a network as `StructuralPruning` would, by times if the budget is one of latency."""
+
+    def __init__(self, network: Any, example: Example, how: StructuralPruning, budget: Budget) -> None:
+        self.example, self.how, self.asked = example, how, budget
+        self._watch = Stopwatch(how.target or Target(), how.latency_table)
+        groups = self._groups(network)
+        self.dense = measure(network, groups, example)
+        if budget.kind == "latency":
+            self._time(network, groups)
+            self.dense = measure(network, groups, example, self._watch.meters)
+        self.budget = budget.relative_to(self.dense.costs.get("latency", 1.0))
+
+    def cut(self, network: Any) -> None:
+        groups = self._groups(network)
+        recipe = copy.copy(self.how)
+        recipe.budget = self.budget
+        start = Dense({group.name: group.channels for group in groups}, self.dense.costs)
+        weighed = None
+        if self.budget.kind == "latency":
+            table = self._watch.table
+            if not {name for name, _ in network.named_parameters() if name in table.layers} >= set(
+                table.layers
+            ):
+                self._time(network, groups)
+            weighed = scores(network, groups, self._watch.table, recipe.importance, {})
+        meter = self._watch.meters[self.budget.kind]
+        apply(network, plan(network, groups, recipe.recipe, start, 1.0, self.example, weighed, meter))
+
+    def _groups(self, network: Any) -> list[Group]:
+        how = self.how
+        return survey(network, self.example, lambda names: _chosen(names, how.include, how.exclude))
+
+    def _time(self, network: Any, groups: Sequence[Group]) -> None:
+        self._watch.table = self._watch.read_or_measure(network, groups, self.how.recipe, self.example)
+
+
+def _for_factors(budget: Budget, steps: int) -> Budget:
+    """The budget of low rank when it goes first: half of the way for one of two, in factors."""
+    kind = "macs" if budget.kind == "latency" else budget.kind
+    return Budget(**{kind: budget.fraction ** (1 / steps)})
 
 
 def _chosen(names: Any, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
@@ -222,7 +275,10 @@ def starting_config(given: Mapping[str, Any], found: Plan) -> str | None:
     theirs = {_class_of(c): c for c in callbacks}
     steps = RECIPES[found.best.recipe]
     budget = dict(found.budget.given)
-    half = {kind: round(value ** (1 / len(steps)), 4) for kind, value in budget.items()} if steps else {}
+    if found.budget.kind == "latency" and found.latency_ms is not None:
+        budget = {"latency_ms": found.latency_ms}
+    given_to = _for_factors(found.budget, len(steps)).given if steps else {}
+    half = {kind: round(value, 4) for kind, value in given_to.items()}
     schedules: dict[str, dict[str, Any]] = {
         "LowRank": {"budget": half, "schedule": {"curve": "one_shot", "begin": 0.1}},
         "StructuralPruning": {"budget": budget, "schedule": {"curve": "cubic", "begin": 0.2, "end": 0.6}},
@@ -237,7 +293,7 @@ def starting_config(given: Mapping[str, Any], found: Plan) -> str | None:
 def _asked(found: Plan) -> str:
     if found.latency_ms is not None:
         return f"{found.latency_ms:g} ms"
-    return f"{found.budget.fraction:.0%} of the {'MACs' if found.budget.kind == 'macs' else 'parameters'}"
+    return f"{found.budget.fraction:.0%} of the {AMOUNTS[found.budget.kind]}"
 
 
 def _class_of(callback: Any) -> str:

@@ -108,7 +108,12 @@ class Wish:
                     owner, "budget", "a Budget", self.budget, "write Budget(macs=0.5)"
                 )
             if self.budget.kind not in KINDS:
-                raise ConfigurationError.of(owner, "budget", f"of one of {list(KINDS)}", self.budget.kind)
+                remedy = "give Budget(macs=...) here"
+                if self.budget.kind == "latency":
+                    remedy += ", and StructuralPruning(Budget(latency=...)) after it: that one knows times"
+                raise ConfigurationError.of(
+                    owner, "budget", f"of one of {list(KINDS)}", self.budget.kind, remedy
+                )
         for name, value in given.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if name != "budget" and not (number and 0 < value < 1):

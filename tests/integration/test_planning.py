@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import yaml
 from command_cases import CONFIG, command
+from latency_cases import known_times, milliseconds, network
 from magnitude_cases import LIGHTNING_WARNINGS, data
 from rich.console import Console
 from structural_cases import Net, assert_equal_state, macs
 
+from lightning_prune import planning
+from lightning_prune._pipeline import run
 from lightning_prune._plan_table import show
 from lightning_prune._task import Data
 from lightning_prune.callbacks.low_rank import LowRank
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
+from lightning_prune.deploy import latency_table
 from lightning_prune.deploy.profile import Profile
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.planning import RECIPES, Outcome, Plan, make_plan, starting_config
@@ -81,6 +86,35 @@ def test_with_a_latency_the_recipe_that_changes_least_is_taken():
     assert plan(*slow).best.variant.name == "structural.int8"
     assert plan(*slow, outcome("dense.int8", 1.9)).best.variant.name == "dense.int8"
     assert plan(outcome("dense", 4.0)).best is None
+
+
+def test_with_a_budget_of_latency_channels_go_by_measured_times(monkeypatch):
+    monkeypatch.setattr(latency_table, "time_files", known_times)
+    dense = milliseconds(network())
+    reports, profile = [], Profile(rounds=20, max_seconds=2.0, operators=False, roofline=False)
+
+    def kept(task, progress):
+        reports.append({name: milliseconds(net) for name, net in task.modules.items()})
+        return run(task, progress)
+
+    monkeypatch.setattr(planning, "run", kept)
+    given = Data(data(), data())
+    plan = make_plan(network(), given, Budget(latency_ms=0.5 * dense), callbacks=[OWN[1]], profile=profile)
+    assert reports[0]["dense"] == pytest.approx(dense)
+    assert reports[0]["structural"] <= 0.5 * dense
+    assert reports[0]["low-rank-structural"] <= 0.5 * dense
+    assert plan.latency_ms == pytest.approx(0.5 * dense)
+    assert plan.budget.latency == pytest.approx(0.5, rel=0.01)
+    for outcome in plan.outcomes:
+        assert outcome.reaches == (outcome.variant.latency_ms.p50 <= plan.latency_ms)
+    content = yaml.safe_load(starting_config(GIVEN, replace(plan, outcomes=plan.outcomes[3:4])))
+    *_, low, structural, _ = content["trainer"]["callbacks"]
+    assert set(low["init_args"]["budget"]) == {"macs"}
+    assert structural["init_args"]["budget"] == {"latency_ms": pytest.approx(0.5 * dense)}
+    console = Console(width=140)
+    with console.capture() as capture:
+        show(plan, console)
+    assert "latency left" in capture.get()
 
 
 GIVEN = {
