@@ -323,18 +323,20 @@ def better_peers(everything: list[Runs]) -> Iterator[str]:
 PAGE = Path(__file__).with_name("summary_template.md").read_text(encoding="utf-8")
 
 
-def page(found: dict[str, dict[str, Any]], plots: set[str]) -> str:
+def page(found: dict[str, dict[str, Any]], plots: set[str], note: str = "") -> str:
     """Write the page.
 
     Args:
         found: All raw numbers, by name.
         plots: Names of the plots that there are.
+        note: Stands under the title.
     """
     places = {raw["environment"]["cpu"] for raw in found.values()} - {None}
     head = ["what", "goal", "aim", "reached", "", "by"]
     weak = [f"- {line}" for line in dict.fromkeys(weak_spots(found))]
     missing = [name for name in EXPECTED if name not in found]
     return PAGE.format(
+        note=f"{note}\n\n" if note else "",
         where=" and ".join(sorted(places)) or "no machine yet",
         goals="\n".join(table(head, goal_rows(goals(found)))),
         accuracy="\n".join(accuracy_table(found)),
@@ -357,7 +359,9 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the raw numbers are")
-    folder = parser.parse_args().results
+    parser.add_argument("--note", default="", help="to stand under the title")
+    arguments = parser.parse_args()
+    folder = arguments.results
     found = read(folder)
     plots = charts.draw(
         {task: runs_of(found, task) for task in ACCURACY},
@@ -365,7 +369,7 @@ def main() -> None:
         folder,
     )
     readme = folder.parent / "README.md"
-    replace_text(readme, page(found, plots))
+    replace_text(readme, page(found, plots, arguments.note))
     print(f"{readme}: {len(found)} results, {len(plots)} plots")
 
 
