@@ -66,9 +66,9 @@ def layers_with_weights(network: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
     """Make the callbacks of a method of this package."""
-    options = dict(arguments.set or [])
+    options = TASKS[arguments.task].pruning | dict(arguments.set or [])
     structure = {key: value for key, value in options.items() if key not in ("criterion", "zeros_scope")}
-    channels = StructuralPruning(Budget(macs=arguments.macs), **{"schedule": CHANNELS, **structure})
+    channels = StructuralPruning(Budget(macs=arguments.macs), **({"schedule": CHANNELS} | structure))
     criteria = {
         "criterion": options.get("criterion", "magnitude"),
         "scope": options.get("zeros_scope", "global"),

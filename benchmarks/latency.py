@@ -144,7 +144,8 @@ def measure(name: str, macs: float, arguments: argparse.Namespace) -> dict[str, 
             "bytes": {kind: one["bytes"] for kind, one in files.items()},
             "latency_ms": {kind: profile.latency_ms for kind, profile in result.files.items()},
             "noisy": result.noisy, "protocol": result.protocol, "warnings": list(result.warnings),
-            "environment": environment(arguments.threads, (*PACKAGES, "openvino")),
+            "environment": environment(arguments.threads, (*PACKAGES, "openvino"))
+            | {"instruction_sets": result.environment["instruction_sets"]},
         }  # fmt: skip
         write_json(known, found)
     return dict(json.loads(known.read_text(encoding="utf-8")))

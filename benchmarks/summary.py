@@ -173,7 +173,7 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
         yield Goal(f"{name}, ONNX Runtime: speed-up / fewer MACs", low, aim, values)
     for engine, name, aim in (("onnxruntime", "ONNX Runtime", 5.0), ("openvino", "OpenVINO", 10.0)):
         values = [
-            (one["network"], value, f"{value:.1f}x")
+            (one["network"] + without_amx(one), value, f"{value:.1f}x")
             for one in timed(found, engine)
             if (one["network"], one["budget"]) == ("resnet18", 0.5)
             for value in [speedup(one, "pruned.int8", "dense")]
@@ -194,6 +194,12 @@ def speedup(one: dict[str, Any], kind: str, base: str) -> float:
 def fewer_macs(one: dict[str, Any]) -> float:
     """Say how many times fewer MACs the pruned file has."""
     return float(one["macs"]["dense"] / one["macs"]["pruned"])
+
+
+def without_amx(one: dict[str, Any]) -> str:
+    """Say so if the processor has no matrix unit for int8, which decides what int8 can bring."""
+    known = one.get("environment", {}).get("instruction_sets")
+    return "" if not known or "amx_int8" in known else ", on a processor without AMX"
 
 
 def goal_rows(wanted: Iterable[Goal]) -> Iterator[list[object]]:

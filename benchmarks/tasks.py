@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
@@ -41,6 +42,7 @@ class Task:
         augment: Changes batches for training.
         learner: Makes the LightningModule from network, classes, recipe and teacher.
         metric: What its validation loop logs.
+        pruning: Arguments of StructuralPruning, where others than its own were better on what is held out.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Task:
     augment: data.Augment | None = None
     learner: Callable[..., LightningModule] = Classifier
     metric: str = "val_acc"
+    pruning: dict[str, Any] = field(default_factory=dict)
 
     def make(self, root: Path | str | None, width: int | None = None) -> nn.Module:
         """Make the network, with the published weights if it has them and the width is its own."""
