@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_prune._task import Made, Task
-from lightning_prune.deploy.calls import Call, submodule
+from lightning_prune.deploy.calls import submodule
 from lightning_prune.deploy.capture import Rehearsal
 from lightning_prune.deploy.evaluate import cpu_trainer, quiet_lightning
 from lightning_prune.deploy.fake_quant_file import Trained, TrainedFile
@@ -17,6 +17,7 @@ from lightning_prune.deploy.parity import check_parity
 from lightning_prune.deploy.quantize import Quantized, quantize_file
 from lightning_prune.deploy.runtime import Feed, open_session, to_feed
 from lightning_prune.deploy.search import Write, sensitivity, within_drop
+from lightning_prune.errors import EvaluationError
 
 _FEW = 4
 Measure = Callable[[Made], Mapping[str, float]]
@@ -72,7 +73,7 @@ def _writer(
     trained = Trained.from_state(task.trained) if task.trained else None
     notes: tuple[str, ...] = ()
     if trained is not None:
-        notes = trained.mismatches(config.mode, config.target, task.submodule)
+        notes = trained.mismatches(config, task.submodule)
         if not notes:
             writer = TrainedFile(base.module, trained, base.calls[0], task.onnx, exclude=config.exclude)
             feeds = calibration_feeds(task, base) if task.max_drop else []
@@ -107,9 +108,20 @@ def calibration_feeds(task: Task, base: Made) -> list[Feed]:
         sources.reverse()
     session = open_session(base.exported.path, threads=1)
     face = base.exported.interface
-    calls: list[Call] = []
+    failed: EvaluationError | None = None
     for loaders, step in sources:
         calls = list(captured_calls(rehearsal, loaders, step, task.quantize.batches, SAMPLES))
-        if calls:
-            break
-    return [to_feed(session, [face.tensors(*call)[i] for i in face.kept]) for call in calls]
+        try:
+            feeds = [
+                to_feed(session, [face.tensors(*one)[i] for i in face.kept])
+                for call in calls
+                for one in face.calls(*call)
+            ]
+        except EvaluationError as error:  # such as a training step that gives targets too
+            failed = failed or error
+            continue
+        if feeds:
+            return feeds
+    if failed is not None:
+        raise failed
+    return []

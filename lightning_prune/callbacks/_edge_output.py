@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 from lightning_prune._lightning import Trainer
@@ -28,6 +30,32 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(tasks[stage], completed=fraction)
 
         yield tell
+
+
+@contextmanager
+def still_at_work(tell: Callable[[str], None], what: str, every: float = 10.0) -> Iterator[None]:
+    """Say again and again that something is going on, if it takes long.
+
+    Args:
+        tell: Says it; called in a thread of its own.
+        what: What is going on, with how to do without it.
+        every: Seconds until it is said for the first time, and twice as long each time after.
+    """
+    done, start = Event(), monotonic()
+
+    def watch() -> None:
+        wait = every
+        while not done.wait(wait):
+            tell(f"{what} ({monotonic() - start:.0f} s so far)")
+            wait *= 2
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def headlines(report: Report) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 from lightning_prune._lightning import Callback, LightningModule, Trainer, namespace_of, say
 from lightning_prune._pipeline import run, try_export
 from lightning_prune._task import Data, Task
-from lightning_prune.callbacks._edge_output import log_headlines, progress_bar
+from lightning_prune.callbacks._edge_output import log_headlines, progress_bar, still_at_work
 from lightning_prune.callbacks._inputs import example_inputs, first_batch, validation_loaders
 from lightning_prune.cost import copied
 from lightning_prune.deploy.calls import Call, submodule
@@ -35,6 +35,7 @@ from lightning_prune.report.results import Report
 _ONNX = Onnx()
 _QUANTIZE = Quantize()
 _PROFILE = Profile()
+_TRYING = "EdgeExport is trying the export before training; EdgeExport(trial=False) leaves that out"
 _TRIAL_LIMIT = 10**9  # bytes of parameters: a trial holds three copies of them for a while
 
 
@@ -59,8 +60,8 @@ class EdgeExport(Callback):
             it loses more, the most sensitive layers stay in float.
         trial: Whether to export the network before training too, for nothing, so that what cannot be
             exported is told at once and not after the last epoch. It takes as long as one export, about a
-            second for small networks and ten for large ones; over 1 GB of parameters it is left out. The
-            training is bitwise the same with it and without.
+            second for small networks and ten for large ones, and says so if it takes longer; over 1 GB of
+            parameters it is left out. The training is bitwise the same with it and without.
 
     Attributes:
         report: The report of the last export; None before.
@@ -206,7 +207,8 @@ class EdgeExport(Callback):
                 return  # it depends on loaders that are not there yet
         try:
             excluded = self.quantize.exclude if self.quantize is not None else []
-            try_export(_bare_copy(pl_module), self.module, call, self.onnx, excluded)
+            with still_at_work(lambda text: say(pl_module, text), _TRYING):
+                try_export(_bare_copy(pl_module), self.module, call, self.onnx, excluded)
         except (ExportError, TracingError) as error:
             raise type(error)(f"{error} (Found before training by EdgeExport(trial=True).)") from error
 

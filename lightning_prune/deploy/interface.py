@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.deploy.calls import Call
 from lightning_prune.deploy.tree import Tree, flatten
 from lightning_prune.errors import EvaluationError, TracingError
 
@@ -23,6 +24,7 @@ class Interface:
         outputs: The structure of the result.
         kept: Which input tensors the file reads (an exporter drops those that the network ignores).
         batched: Whether the first axis of the inputs is a batch of any size.
+        single: Whether the module takes a list of pictures and the file one of them.
 
     Example:
         >>> net = nn.Linear(2, 3)
@@ -36,6 +38,7 @@ class Interface:
     outputs: Tree
     kept: tuple[int, ...] = ()
     batched: bool = True
+    single: bool = False
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Interface:
@@ -80,6 +83,7 @@ class Interface:
             EvaluationError: The call has another structure than the one that was described.
         """
         tensors, tree = _bound(self.signature, args, kwargs)
+        tree = _of_one(tree) if self.single else tree
         if tree.names != self.inputs.names or not _same(tree.constants, self.inputs.constants):
             raise EvaluationError(
                 "The exported module is called with other arguments than it was exported with: "
@@ -92,11 +96,71 @@ class Interface:
         """Return the batch's size in a call with these tensors; None if there is no batch."""
         return batch_size(tensors) if self.batched else None
 
+    def calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
+        """Return the calls that the file is run for: one, or one for each picture."""
+        return one_by_one(args, kwargs) if self.single else [(args, kwargs)]
+
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and keyword arguments that hold these tensors."""
         bound = self.signature.bind_partial()
         bound.arguments.update(self.inputs.build(tensors))
         return bound.args, bound.kwargs
+
+
+def one_by_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
+    """Return one call for each picture, if the only tensors of a call are a list of pictures.
+
+    Returns:
+        The calls; none if there is no such list.
+
+    Example:
+        >>> import torch
+        >>> [len(call[0][0]) for call in one_by_one(([torch.ones(3, 8, 8), torch.ones(3, 9, 9)],), {})]
+        [1, 1]
+    """
+    values = [*args, *kwargs.values()]
+    lists = [v for v in values if isinstance(v, (list, tuple)) and flatten(v)[0]]
+    if len(lists) != 1 or any(isinstance(v, Tensor) for v in values):
+        return []
+    pictures = lists[0]
+    if not all(isinstance(item, Tensor) and item.dim() == 3 for item in pictures):
+        return []
+
+    def only(value: Any, item: Tensor) -> Any:
+        return [item] if value is pictures else value
+
+    return [
+        (tuple(only(v, item) for v in args), {k: only(v, item) for k, v in kwargs.items()})
+        for item in pictures
+    ]
+
+
+def of_one_picture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interface | None:
+    """Return the interface of a module for one of the pictures it is called with.
+
+    Returns:
+        The interface; None if the module does not take a list of pictures, one result for each.
+    """
+    calls = one_by_one(args, kwargs)
+    if not calls:
+        return None
+    try:
+        with torch.no_grad():
+            many, one = (len(module(*a, **k)) for a, k in ((args, kwargs), calls[0]))
+    except Exception:  # noqa: BLE001 (a module that wants something else, or whose result has no length)
+        return None
+    if (many, one) != (len(calls), 1):
+        return None
+    face = Interface.of(module, *calls[0])
+    return replace(
+        face, inputs=_of_one(face.inputs), outputs=_of_one(face.outputs), batched=False, single=True
+    )
+
+
+def _of_one(tree: Tree) -> Tree:
+    """Leave out of names that they are of the first element of a list, when there is only one."""
+    names = (name.removeprefix("output_0_").removesuffix("_0") for name in tree.names)
+    return replace(tree, names=tuple(names))
 
 
 def batch_size(tensors: list[Tensor]) -> int | None:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from lightning_prune.deploy.calls import Call
 from lightning_prune.deploy.exporters import Flat, scripted, traced
 from lightning_prune.deploy.graph import describe_io, rename, strip
-from lightning_prune.deploy.interface import Interface, batch_size, has_batch
+from lightning_prune.deploy.interface import (
+    Interface,
+    batch_size,
+    has_batch,
+    of_one_picture,
+    one_by_one,
+)
 from lightning_prune.deploy.storage import write_model
 from lightning_prune.deploy.tree import flatten
 from lightning_prune.errors import ConfigurationError, ExportError, MissingDependencyError, TracingError
@@ -33,7 +39,8 @@ class Onnx:
         legacy: Trace with TorchScript instead of `torch.export`: the way to export whole detection networks.
             Branches are frozen as the example took them.
         dynamic_batch: Whether the first axis of the inputs is a batch of any size. False: the file takes the
-            sizes of the example, but for `dynamic_axes`; for networks that take a list of pictures.
+            sizes of the example, but for `dynamic_axes`. For detection networks that take a list of
+            pictures: the file takes one, of any size.
         normalization: How inputs are prepared, as a note in the file: `"RGB, 0-1, mean 0.5, std 0.5"`.
         classes: Names of the classes, for the file and the report.
 
@@ -123,8 +130,7 @@ def export_onnx(
     except ImportError as error:
         raise MissingDependencyError.of(error.name or "onnx", "ONNX export", "lightning-prune") from error
     module.eval().requires_grad_(False)
-    args, kwargs = example_of(args, dict(kwargs or {}), options)
-    interface = replace(Interface.of(module, args, kwargs), batched=options.dynamic_batch)
+    interface, args, kwargs = _interface(module, args, dict(kwargs or {}), options)
     tensors = interface.tensors(args, kwargs)
     axes = _dynamic_axes(interface, tensors, options.dynamic_axes)
     flat = Flat(module, interface).eval()
@@ -143,6 +149,23 @@ def export_onnx(
     write_model(path, proto)
     onnx.checker.check_model(str(path))
     return Exported(Path(path), interface, found)
+
+
+def _interface(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Onnx
+) -> tuple[Interface, tuple[Any, ...], dict[str, Any]]:
+    """Return what the file takes and gives, and the call to trace."""
+    pictures = of_one_picture(module, args, kwargs)
+    if pictures is not None:
+        if options.dynamic_batch:
+            raise TracingError(
+                f"{type(module).__name__} takes a list of pictures, which has no batch axis: write "
+                "Onnx(dynamic_batch=False, legacy=True), and the file takes one picture of any size; or "
+                "export a part of it that takes a batch, with module='...': the backbone."
+            )
+        return pictures, *one_by_one(args, kwargs)[0]
+    args, kwargs = example_of(args, kwargs, options)
+    return replace(Interface.of(module, args, kwargs), batched=options.dynamic_batch), args, kwargs
 
 
 def example_of(args: tuple[Any, ...], kwargs: dict[str, Any], options: Onnx) -> Call:
@@ -178,9 +201,10 @@ def _dynamic_axes(
         known = ", ".join(interface.inputs.names)
         raise TracingError(f"dynamic_axes names {unknown[0]!r}, which is no input; there are: {known}.")
     size = interface.batch(tensors)
+    sides = {1: "height", 2: "width"} if interface.single else {}
     result = []
     for name, tensor in zip(interface.inputs.names, tensors, strict=True):
-        axes = dict(extra.get(name, {}))
+        axes = {**sides, **extra.get(name, {})}
         if size is not None and has_batch(tensor, size):
             axes.setdefault(0, "batch")
         result.append(axes)

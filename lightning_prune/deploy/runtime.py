@@ -122,11 +122,15 @@ class OnnxModule:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the file on the arguments of a call of the module."""
         self.calls += 1
+        results = [self._run(*call) for call in self.interface.calls(args, kwargs)]
+        result = [item for one in results for item in one] if self.interface.single else results[0]
+        if self.record:
+            self.recorded.append(result)
+        return result
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = self.interface.tensors(args, kwargs)
         feed = to_feed(self.session, [tensors[i] for i in self.interface.kept])
         arrays = self.session.run(None, feed)
         device = tensors[0].device
-        result = self.interface.outputs.build([torch.from_numpy(np.array(a)).to(device) for a in arrays])
-        if self.record:
-            self.recorded.append(result)
-        return result
+        return self.interface.outputs.build([torch.from_numpy(np.array(a)).to(device) for a in arrays])

@@ -162,22 +162,37 @@ class Detections(nn.Module):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_network_that_takes_a_list_of_pictures_has_no_batch(count, tmp_path):
+def test_of_a_network_that_takes_a_list_of_pictures_the_file_takes_one_of_any_size(count, tmp_path):
     torch.manual_seed(0)
     net = Detections().eval()
-    options = Onnx(legacy=True, dynamic_batch=False, dynamic_axes={"images_0": {1: "height", 2: "width"}})
+    options = Onnx(legacy=True, dynamic_batch=False, dynamic_axes={"images": {2: "columns"}})
     call = (([torch.randn(3, 8, 12) for _ in range(count)],), {})
     exported = export_onnx(net, tmp_path / "d.onnx", *call, options)
     parity = check_parity(net, exported, [call], axes=options.dynamic_axes)
     assert parity["batches"] == []
     opened = session(exported.path)
-    assert opened.get_inputs()[0].shape == [3, "height", "width"]
-    names = [f"{name}" for i in range(count) for name in (f"output_{i}_boxes", f"output_{i}_scores")]
-    assert [o.name for o in opened.get_outputs()] == names
-    other = [torch.randn(3, 16, 10), torch.randn(3, 8, 12)][:count]
-    (got, *_), (expected, *_) = OnnxModule(exported.path, exported.interface)(other), net(other)
-    assert torch.allclose(got["boxes"], expected["boxes"], atol=1e-5)
-    assert len(got["scores"]) > 3
+    assert opened.get_inputs()[0].shape == [3, "height", "columns"]
+    assert [o.name for o in opened.get_outputs()] == ["boxes", "scores"]
+    other = [torch.randn(3, 16, 10), torch.randn(3, 8, 12), torch.randn(3, 6, 6)]
+    function = OnnxModule(exported.path, exported.interface)
+    for got, expected in zip(function(other), net(other), strict=True):
+        assert torch.allclose(got["boxes"], expected["boxes"], atol=1e-5)
+        assert len(got["scores"]) > 3
+    assert function.calls == 1, "of the module, however many pictures it is called with"
+
+
+class Pyramid(nn.Module):
+    """Takes a list too, which is no list of pictures: one result comes of all."""
+
+    def forward(self, features):
+        return [torch.cat([f.mean((1, 2)) for f in features]), features[0].amax((1, 2))]
+
+
+def test_a_list_of_which_one_result_comes_is_not_taken_apart(tmp_path):
+    call = (([torch.randn(3, 8, 12), torch.randn(5, 4, 6)],), {})
+    exported = export_onnx(Pyramid(), tmp_path / "p.onnx", *call, Onnx(dynamic_batch=False))
+    assert check_parity(Pyramid(), exported, [call])["max_abs"] < 1e-5
+    assert [i.name for i in session(exported.path).get_inputs()] == ["features_0", "features_1"]
 
 
 def test_an_open_axis_that_the_file_has_frozen_is_found_by_parity(tmp_path):
