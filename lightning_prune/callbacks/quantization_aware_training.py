@@ -38,6 +38,7 @@ from lightning_prune.errors import (
 from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
 
+_PLAIN = ("begin", "unit", "target", "ranges", "batch_norm", "per_channel")
 _OWNER = "QuantizationAwareTraining"
 _RANGES = ("observed", "learned")
 _NORMS = ("fold", "freeze")
@@ -66,6 +67,8 @@ class QuantizationAwareTraining(Callback):
             et al. 2018) or `"learned"` (Esser et al. 2020). Those of weights are their own, per channel.
         batch_norm: `"fold"`: batch norms are part of the layer in front, and go on learning their statistics;
             `"freeze"`: they use the statistics they have, so that what is trained is all that runs.
+        per_channel: Whether each output channel of a weight has a step of its own, as for `Quantize`. If not,
+            all have one, after the batch norm behind the layer has been folded in.
         module: Dotted name of the submodule that is exported; None is that of `EdgeExport`, or without it the
             LightningModule itself. The steps must call it.
         include: Globs of the layers to quantize.
@@ -87,6 +90,7 @@ class QuantizationAwareTraining(Callback):
         target: Literal["x86-vnni", "x86-avx2", "arm64", "npu-s8s8"] = "x86-vnni",
         ranges: Literal["observed", "learned"] = "observed",
         batch_norm: Literal["fold", "freeze"] = "fold",
+        per_channel: bool = True,
         module: str | None = None,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
@@ -106,11 +110,14 @@ class QuantizationAwareTraining(Callback):
             if value not in known:
                 expected, remedy = "one of " + ", ".join(known), near_matches(str(value), known).rstrip(".?")
                 raise ConfigurationError.of(_OWNER, name, expected, value, remedy)
+        if not isinstance(per_channel, bool):
+            raise ConfigurationError.of(_OWNER, "per_channel", "true or false", per_channel)
         self.begin = begin
         self.unit = unit
         self.target = target
         self.ranges = ranges
         self.batch_norm = batch_norm
+        self.per_channel = per_channel
         self.module = module
         self.include = [include] if isinstance(include, str) else list(include)
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -128,7 +135,7 @@ class QuantizationAwareTraining(Callback):
         self._stance: Any = None
         self._agreed: Any = None
         self._log_due = True
-        grid = grid_of(self.target)
+        grid = grid_of(self.target, self.per_channel)
         self._network = FakeQuantized(
             grid, Ranges(grid, self.ranges == "learned"), self.module or "", self.include, self.exclude
         )
@@ -152,6 +159,7 @@ class QuantizationAwareTraining(Callback):
         return {
             "began": None if self._began is None else dict(self._began),
             "target": self.target,
+            "per_channel": self.per_channel,
             "learned": self.ranges == "learned",
             "root": self._network.root,
             "include": list(self.include),
@@ -163,10 +171,14 @@ class QuantizationAwareTraining(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint left off."""
-        for name, mine in (("target", self.target), ("learned", self.ranges == "learned")):
-            if state_dict["began"] is not None and state_dict[name] != mine:
+        wanted = (
+            ("target", self.target), ("per_channel", self.per_channel), ("learned", self.ranges == "learned")
+        )  # fmt: skip
+        for name, mine in wanted:
+            was = state_dict.get(name, True)
+            if state_dict["began"] is not None and was != mine:
                 raise CheckpointError(
-                    f"{_OWNER}: the checkpoint was trained with {name}={state_dict[name]!r}, and now it is "
+                    f"{_OWNER}: the checkpoint was trained with {name}={was!r}, and now it is "
                     f"{mine!r}; write what it was, or start from the weights alone."
                 )
         self._began = None if state_dict["began"] is None else dict(state_dict["began"])
@@ -182,7 +194,7 @@ class QuantizationAwareTraining(Callback):
             `callback`, `config`, `began` (epoch and step, or None), `layers` (`name`, `low` and `high` of its
             input) and `floating` (`{layer: why it stays in float}`).
         """
-        config = {name: getattr(self, name) for name in ("begin", "unit", "target", "ranges", "batch_norm")}
+        config = {name: getattr(self, name) for name in _PLAIN}
         return {
             "callback": _OWNER,
             "config": {**config, "include": list(self.include), "exclude": list(self.exclude)},
@@ -224,10 +236,11 @@ class QuantizationAwareTraining(Callback):
                 )
             wanted = other.quantize
             if wanted is not None and (
-                wanted.mode != "static" or grid_of(wanted.target) != grid_of(self.target)
+                wanted.mode != "static" or grid_of(wanted.target, wanted.per_channel) != self._network.grid
             ):
-                expected = f"static and for {self.target!r}, as {_OWNER} trains"
-                remedy = f"write Quantize(target={self.target!r})"
+                weights = "" if self.per_channel else ", per_channel=False"
+                expected = f"static and for {self.target!r}{weights}, as {_OWNER} trains"
+                remedy = f"write Quantize(target={self.target!r}{weights})"
                 raise ConfigurationError.of("EdgeExport", "quantize", expected, wanted, remedy)
         return root or ""
 
@@ -267,7 +280,10 @@ class QuantizationAwareTraining(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin if this is the epoch, and log for those who monitor."""
         self._advance(trainer, pl_module)
-        pl_module.log("quantized", float(self.began), on_step=False, on_epoch=True)
+        # The same on all processes, so the greatest is exact; Lightning warns of logs that are not reduced.
+        pl_module.log(
+            "quantized", float(self.began), on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True
+        )
         self._log_due = True
 
     def on_train_batch_start(
@@ -345,13 +361,11 @@ class QuantizationAwareTraining(Callback):
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:
         """Look at the network anew: its layers have other widths, or are gone."""
-        self._network.forget()
         if self._network.attached:
             self._start(pl_module)
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do as an earlier state says, which has just been loaded."""
-        self._network.forget()
         self._stop()
         if self.began:
             self._start(pl_module)

@@ -7,7 +7,7 @@ precision of the training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +25,18 @@ class Grid:
         high: The greatest.
         symmetric: Whether zero is always the integer 0.
         weight: The greatest magnitude of a weight.
+        per_channel: Whether each output channel of a weight has a step of its own.
 
     Example:
         >>> grid_of("x86-vnni")
-        Grid(low=0, high=255, symmetric=False, weight=127)
+        Grid(low=0, high=255, symmetric=False, weight=127, per_channel=True)
     """
 
     low: int = 0
     high: int = 255
     symmetric: bool = False
     weight: int = 127
+    per_channel: bool = True
 
 
 _GRIDS = {
@@ -44,14 +46,14 @@ _GRIDS = {
 }
 
 
-def grid_of(target: str) -> Grid:
+def grid_of(target: str, per_channel: bool = True) -> Grid:
     """Return the grid of a preset of `Quantize`.
 
     Example:
         >>> grid_of("x86-avx2").weight, grid_of("arm64").weight
         (64, 127)
     """
-    return _GRIDS.get(target, Grid())
+    return replace(_GRIDS.get(target, Grid()), per_channel=per_channel)
 
 
 def steps_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ class _Round(torch.autograd.Function):
         return passed, (gradient.to(error) * error).sum().float() * ctx.strength, None, None
 
 
-def weight_scales(weight: Tensor, limit: int) -> Tensor:
+def weight_scales(weight: Tensor, limit: int, factors: Tensor | None = None) -> Tensor:
     """Return the step of each output channel: its largest magnitude divided by `limit`.
 
     Symmetric and per output channel, so that a zero stays a zero, and so that folding a batch norm into the
@@ -139,6 +141,8 @@ def weight_scales(weight: Tensor, limit: int) -> Tensor:
     Args:
         weight: Of shape (outputs, ...).
         limit: The greatest integer.
+        factors: What each output channel will be multiplied by, of shape (outputs,) or (). If given, all
+            channels have one step after that, and so the channels of the plain weight have different ones.
 
     Returns:
         Shape (outputs,); 1 where a channel is all zeros.
@@ -146,36 +150,42 @@ def weight_scales(weight: Tensor, limit: int) -> Tensor:
     Example:
         >>> weight_scales(torch.tensor([[1.27, 0.5], [0.0, 0.0]]), 127)
         tensor([0.0100, 1.0000])
+        >>> weight_scales(torch.tensor([[1.27, 0.5], [0.2, 0.1]]), 127, torch.tensor([1.0, 2.0]))
+        tensor([0.0100, 0.0050])
     """
     wide = weight if weight.dtype == torch.float64 else weight.float()
     peaks = wide.detach().flatten(1).abs().amax(1) / limit
+    if factors is not None:
+        factors = factors.abs().to(peaks).expand_as(peaks)
+        # A channel that comes to nothing may keep the step that it has.
+        peaks = torch.where(factors > 0, (peaks * factors).amax() / factors, peaks)
     return torch.where(peaks > 0, peaks.clamp(min=_TINY), torch.ones_like(peaks))
 
 
-def whole_weight(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def whole_weight(weight: Tensor, limit: int, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return a weight as integers (in a float tensor), and the step of each output channel."""
-    scales = weight_scales(weight, limit)
+    scales = weight_scales(weight, limit, factors)
     columns = scales.view(-1, *[1] * (weight.dim() - 1))
     return torch.round(weight.detach().to(scales.dtype) / columns).clamp(-limit, limit), scales
 
 
-def fake_quantize_weight(weight: Tensor, limit: int) -> Tensor:
-    """Round a weight per output channel; its gradient passes as it is, because nothing is clipped.
+def fake_quantize_weight(weight: Tensor, limit: int, factors: Tensor | None = None) -> Tensor:
+    """Round a weight as `weight_scales` says; its gradient passes as it is, because nothing is clipped.
 
     Example:
         >>> fake_quantize_weight(torch.tensor([[1.27, 0.504]]), 127)
         tensor([[1.2700, 0.5000]])
     """
-    result: Tensor = _RoundWeight.apply(weight, limit)  # type: ignore[no-untyped-call]
+    result: Tensor = _RoundWeight.apply(weight, limit, factors)  # type: ignore[no-untyped-call]
     return result
 
 
 class _RoundWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, limit: int) -> Tensor:
-        whole, scales = whole_weight(weight, limit)
+    def forward(ctx: Any, weight: Tensor, limit: int, factors: Tensor | None) -> Tensor:
+        whole, scales = whole_weight(weight, limit, factors)
         return (whole * scales.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, None
+        return gradient, None, None

@@ -24,7 +24,7 @@ from lightning_prune.deploy.fake_quant_ranges import Ranges
 from lightning_prune.deploy.fake_quant_trace import Node, Trace, argument, function_name
 from lightning_prune.deploy.fusion import fusion_coverage, held_in_float
 from lightning_prune.deploy.onnx import Onnx, export_onnx
-from lightning_prune.deploy.quantize import Quantized
+from lightning_prune.deploy.quantize import Quantize, Quantized
 from lightning_prune.deploy.storage import write_model
 from lightning_prune.errors import QuantizationError, near_matches
 from lightning_prune.selection import matches
@@ -36,6 +36,7 @@ class Trained:
 
     Attributes:
         target: The preset.
+        per_channel: Whether each output channel of a weight has a step of its own.
         root: Dotted name of the network.
         include: Globs of the layers that were rounded.
         exclude: Globs of those that were not.
@@ -43,6 +44,7 @@ class Trained:
     """
 
     target: str
+    per_channel: bool
     root: str
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -51,15 +53,21 @@ class Trained:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Trained:
         """Read the state of a `QuantizationAwareTraining`."""
-        ranges = Ranges(grid_of(state["target"]), bool(state["learned"]))
+        target, per_channel = state["target"], bool(state.get("per_channel", True))
+        ranges = Ranges(grid_of(target, per_channel), bool(state["learned"]))
         ranges.load_state_dict(state["ranges"])
-        return cls(state["target"], state["root"], tuple(state["include"]), tuple(state["exclude"]), ranges)
+        include, exclude = tuple(state["include"]), tuple(state["exclude"])
+        return cls(target, per_channel, state["root"], include, exclude, ranges)
 
-    def mismatches(self, mode: str, target: str, root: str | None) -> tuple[str, ...]:
+    def mismatches(self, config: Quantize, root: str | None) -> tuple[str, ...]:
         """Say what about a wanted file is not as it was trained; then the ranges do not apply."""
-        target = self.target if grid_of(target) == grid_of(self.target) else target
-        wanted = {"mode": mode, "target": target, "module": root or ""}
-        mine = {"mode": "static", "target": self.target, "module": self.root}
+        target = self.target if grid_of(config.target) == grid_of(self.target) else config.target
+        wanted = {
+            "mode": config.mode, "target": target, "per_channel": config.per_channel, "module": root or "",
+        }  # fmt: skip
+        mine = {
+            "mode": "static", "target": self.target, "per_channel": self.per_channel, "module": self.root,
+        }  # fmt: skip
         other = [f"{key} {mine[key]!r}, not {wanted[key]!r}" for key in mine if wanted[key] != mine[key]]
         if not other:
             return ()
@@ -247,20 +255,19 @@ def _fold(trace: Trace, plan: Plan, grid: Grid) -> Iterator[tuple[str, Weights]]
         weight = argument(*nodes[key].call, 1, "weight").detach().float()
         bias = argument(*nodes[key].call, 2, "bias")
         bias = None if bias is None else bias.detach().float()
-        whole, scales = whole_weight(weight, grid.weight)
+        whole, scales = whole_weight(weight, grid.weight, plan.factors(key, grid.per_channel))
         if layer.norm is not None:
-            factor, bias = _affine(nodes[layer.norm], bias)
+            factor = plan.affine[key].factors()
+            bias = _offset(nodes[layer.norm], factor, bias)
             columns = factor.view(-1, *[1] * (weight.dim() - 1))
             weight, whole, scales = weight * columns, whole * columns.sign(), scales * factor.abs()
-            scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+        scales = scales if grid.per_channel else scales.amax()
+        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
         yield key, Weights(layer, weight, bias, whole, scales, key in needed)
 
 
-def _affine(norm: Node, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return a batch norm's factor, and its offset with the bias in front of it."""
-    mean, variance = (argument(*norm.call, i, n) for i, n in ((1, "running_mean"), (2, "running_var")))
-    gain, offset = argument(*norm.call, 3, "weight"), argument(*norm.call, 4, "bias")
-    factor = (variance.detach().float() + argument(*norm.call, 7, "eps", 1e-5)).rsqrt()
-    factor = factor if gain is None else factor * gain.detach().float()
+def _offset(norm: Node, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a batch norm's offset, with the bias in front of it."""
+    mean, offset = argument(*norm.call, 1, "running_mean"), argument(*norm.call, 4, "bias")
     shift = -mean.detach().float() if bias is None else bias - mean.detach().float()
-    return factor, shift * factor + (0.0 if offset is None else offset.detach().float())
+    return shift * factor + (0.0 if offset is None else offset.detach().float())

@@ -25,7 +25,7 @@ class Weights:
         weight: In float.
         bias: In float, or None.
         whole: The integers.
-        scales: The step of each output channel.
+        scales: The step of each output channel, or of all of them.
         needed: Whether the network's outputs depend on it; the exporter leaves out what they do not.
     """
 
@@ -39,6 +39,7 @@ class Weights:
 
 def quantize_weights(graph: Any, found: Sequence[Weights], exclude: Sequence[str]) -> list[str]:
     """Put integers in the place of weights; return the nodes whose weights stay in float."""
+    import numpy as np
     from onnx import helper, numpy_helper
 
     tensors = {item.name: item for item in graph.initializer}
@@ -63,12 +64,13 @@ def quantize_weights(graph: Any, found: Sequence[Weights], exclude: Sequence[str
         elif weights is not None:
             source = float(numpy_helper.to_array(tensors[makers[node.input[0]].input[1]]))
             for position, name, whole, scales in _integers(weights, source):
+                axis = {"axis": 0} if scales.ndim else {}
                 suffixes = ("_quantized", "_scale", "_zero_point")
-                arrays = (whole, scales, (whole.reshape(-1)[: scales.size] * 0).astype(whole.dtype))
+                arrays = (whole, scales, np.zeros(scales.shape, whole.dtype))
                 inputs = [keep(node.name, name + s, array) for s, array in zip(suffixes, arrays, strict=True)]
                 nodes.append(
                     helper.make_node(
-                        "DequantizeLinear", inputs, [f"{node.name}/{name}"], f"{node.name}/{name}", axis=0
+                        "DequantizeLinear", inputs, [f"{node.name}/{name}"], f"{node.name}/{name}", **axis
                     )
                 )
                 node.input[position] = nodes[-1].output[0]
@@ -91,12 +93,13 @@ def _integers(weights: Weights, source: float) -> Iterator[tuple[int, str, Any, 
     if weights.bias is not None:
         # A channel with next to no weight would need a bias of more than 32 bits; one with none can have the
         # finest step that there is.
-        least = weights.bias.abs() / (source * _WIDEST_BIAS)
-        empty = (whole == 0).flatten(1).all(1) & (least > 0)
+        least, empty = weights.bias.abs() / (source * _WIDEST_BIAS), (whole == 0).flatten(1).all(1)
+        if not scales.dim():
+            least, empty = least.amax(), empty.all()
         whole = torch.where(
             (scales < least).view(-1, *[1] * (whole.dim() - 1)), torch.zeros_like(whole), whole
         )
-        scales = torch.where(empty, least, torch.maximum(scales, least))
+        scales = torch.where(empty & (least > 0), least, torch.maximum(scales, least))
     name = weights.layer.name
     yield 1, f"{name}.weight", whole.numpy().astype(np.int8), scales.numpy()
     if weights.bias is not None:

@@ -71,7 +71,7 @@ class FakeQuantized:
     # ------------------------------------------------------------------ hooks
 
     def attach(self, module: nn.Module, when: Callable[[], bool] | None = None) -> None:
-        """Round from now on.
+        """Round from now on; the network is looked at anew when it runs next.
 
         Args:
             module: The module that holds the network.
@@ -79,6 +79,7 @@ class FakeQuantized:
         """
         self.detach()
         self._when = when
+        self.plan = None
         for name, part in module.named_modules():
             inside = not self.root or name.startswith(f"{self.root}.")
             if name == self.root:
@@ -110,10 +111,6 @@ class FakeQuantized:
     def attached(self) -> bool:
         """Whether a network is rounded now."""
         return self._patched is not None
-
-    def forget(self) -> None:
-        """Look at the network anew when it runs next, because its structure has changed."""
-        self.plan = None
 
     def _forward(self, network: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
         call = partial(type(network).forward, network) if own is None else own
@@ -211,7 +208,10 @@ class Rounding(Calls):
             return func(*args, **kwargs)
         key = self.key(name)
         if key in self.plan.layers:
-            args, kwargs = with_weight(args, kwargs, lambda w: fake_quantize_weight(w, self.grid.weight))
+            factors = self.plan.factors(key, self.grid.per_channel)
+            args, kwargs = with_weight(
+                args, kwargs, lambda w: fake_quantize_weight(w, self.grid.weight, factors)
+            )
         result = func(*args, **kwargs)
         points = self.plan.points.get(key)
         return result if points is None else at_positions(result, points, self.round)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.deploy.fake_quant_trace import IDENTITIES, Node, Trace, argument
@@ -63,6 +64,32 @@ class Layer:
     norm: str | None = None
 
 
+@dataclass(frozen=True)
+class Norm:
+    """What a batch norm that is part of a layer multiplies that layer's channels by.
+
+    Attributes:
+        gain: Its weight, or None.
+        variance: Its running variance.
+        eps: What is added to that.
+    """
+
+    gain: Tensor | None
+    variance: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, node: Node) -> Norm:
+        """Read the call of a batch norm."""
+        gain, variance = (argument(*node.call, i, n) for i, n in ((3, "weight"), (2, "running_var")))
+        return cls(gain, variance, argument(*node.call, 7, "eps", 1e-5))
+
+    def factors(self) -> Tensor:
+        """Return the factor of each channel, by the statistics as they are now."""
+        factors = (self.variance.detach().float() + self.eps).rsqrt()
+        return factors if self.gain is None else factors * self.gain.detach().float()
+
+
 @dataclass
 class Plan:
     """What to do at which call, by key.
@@ -73,6 +100,7 @@ class Plan:
         same: Outputs that lie on the grid of an earlier point already.
         inputs: Inputs of the network that are rounded: `{position: point}`.
         norms: The batch norms that are part of a layer: `{key: the layer's key}`.
+        affine: What those multiply by, by the layer's key.
         ceilings: The most that a point's values can be, where something in front of it clips them.
         floating: Layers that stay in float, and why.
     """
@@ -82,6 +110,7 @@ class Plan:
     same: dict[str, dict[int, str]] = field(default_factory=dict)
     inputs: dict[int, str] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
+    affine: dict[str, Norm] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
     floating: dict[str, str] = field(default_factory=dict)
 
@@ -96,6 +125,12 @@ class Plan:
         keys = {*self.layers, *self.points, *self.same, *self.norms}
         return {key.rsplit("/", 2)[1] for key in keys}
 
+    def factors(self, key: str, per_channel: bool) -> Tensor | None:
+        """Return what the channels of a layer's weight are multiplied by, if they share a step; else None."""
+        if per_channel:
+            return None
+        return self.affine[key].factors() if key in self.affine else torch.ones(())
+
     def known(self, points: Container[str]) -> Plan:
         """Return a plan without the points that nothing is known about, and the layers that need them."""
         layers = {key: layer for key, layer in self.layers.items() if layer.source in points}
@@ -106,6 +141,7 @@ class Plan:
             {key: _within(found, points) for key, found in self.same.items()},
             _within(self.inputs, points),
             {norm: key for norm, key in self.norms.items() if key in layers},
+            self.affine,
             self.ceilings,
             {**self.floating, **dict.fromkeys(gone, "never run in training")},
         )
@@ -227,6 +263,7 @@ class _Planner:
             if following.name == "batch_norm" and last is node and self._folds(node, following):
                 norm = following.key
                 self.result.norms[norm] = node.key
+                self.result.affine[node.key] = Norm.of(following)
             elif (clip := _clip(following)) is not None:
                 ceiling = clip
             else:

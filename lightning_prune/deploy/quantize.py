@@ -55,6 +55,8 @@ class Quantize:
         batches: How many batches calibrate.
         source: Where they come from: `"train"` or `"val"`.
         exclude: Globs of layers (`"model.stem"`) or nodes that stay in float.
+        per_channel: Whether each output channel of a weight has a step of its own; the weights of some NPUs
+            and DSPs have only one.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -70,6 +72,7 @@ class Quantize:
     batches: int = 16
     source: Literal["train", "val"] = "train"
     exclude: list[str] = field(default_factory=list)
+    per_channel: bool = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -87,6 +90,8 @@ class Quantize:
                 raise ConfigurationError.of(
                     "Quantize", name, expected, value, near_matches(str(value), known).rstrip(".?")
                 )
+        if not isinstance(self.per_channel, bool):
+            raise ConfigurationError.of("Quantize", "per_channel", "true or false", self.per_channel)
         if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
             raise ConfigurationError.of("Quantize", "batches", "a whole number of at least 1", self.batches)
 
@@ -243,7 +248,7 @@ def _static(source: Path, part: Path, config: Quantize, reader: Reader, nodes: S
         quant_format=ort.QuantFormat.QDQ,
         # Its own default is an unordered set: the file would differ from run to run.
         op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry}),
-        per_channel=True,
+        per_channel=config.per_channel,
         use_external_data_format=bool(data_files(source)),
         reduce_range=config.target == "x86-avx2",
         activation_type=ort.QuantType.QInt8 if signed else ort.QuantType.QUInt8,
@@ -270,7 +275,7 @@ def _dynamic(source: Path, part: Path, config: Quantize, nodes: Sequence[str]) -
         with_own_weights(source),
         str(part),
         op_types_to_quantize=list(_DYNAMIC_OPS),
-        per_channel=True,
+        per_channel=config.per_channel,
         use_external_data_format=bool(data_files(source)),
         reduce_range=config.target == "x86-avx2",
         weight_type=ort.QuantType.QInt8,

@@ -280,8 +280,9 @@ def test_wrong_arguments_are_told_before_training(tmp_path, make, error, said):
         ({"quantize": Quantize(mode="dynamic")}, "must be static"),
         ({"onnx": Onnx(legacy=True)}, "legacy"),
         ({"module": "model.0"}, r"QuantizationAwareTraining: `module` must be what EdgeExport exports"),
+        ({"quantize": Quantize(per_channel=False)}, "`quantize` must be static and for 'x86-vnni', as"),
     ],
-    ids=["target", "mode", "legacy", "module"],
+    ids=["target", "mode", "legacy", "module", "per_channel"],
 )
 def test_an_exporter_that_would_export_something_else_is_refused(tmp_path, options, said):
     exporting = edge(tmp_path / "edge", **{"module": "model", **options})
@@ -299,11 +300,13 @@ def test_a_checkpoint_of_another_target_is_refused():
     state = QuantizationAwareTraining().state_dict() | {"began": {"epoch": 1, "step": 6}}
     with pytest.raises(CheckpointError, match="target='x86-vnni'"):
         QuantizationAwareTraining(target="npu-s8s8").load_state_dict(state)
+    with pytest.raises(CheckpointError, match="per_channel=True"):
+        QuantizationAwareTraining(per_channel=False).load_state_dict(state)
 
 
 def test_arm64_runs_what_was_trained_for_x86(tmp_path):
-    exporting = edge(tmp_path / "edge", quantize=Quantize(target="arm64"))
-    fit(tmp_path, QuantizationAwareTraining(0.5), exporting, epochs=2)
+    exporting = edge(tmp_path / "edge", quantize=Quantize(target="arm64", per_channel=False))
+    fit(tmp_path, QuantizationAwareTraining(0.5, per_channel=False), exporting, epochs=2)
     assert exporting.report.variants[-1].quantization["calibration"] == "training"
     assert exporting.report.warnings == ()
 

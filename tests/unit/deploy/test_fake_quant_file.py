@@ -21,7 +21,7 @@ from lightning_prune.deploy.weights import weights
 from lightning_prune.errors import QuantizationError
 
 INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul")
-slow = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+slow = [pytest.param(name, True, marks=pytest.mark.slow) for name in MORE]
 
 
 def alone(tensor):
@@ -48,14 +48,13 @@ class Compared(FakeQuantized):
         return torch.from_numpy(same[int(np.argmin(distances))].copy())
 
 
-def trained(make, shape, target="x86-vnni", learned=False, **options):
+def trained(make, shape, target="x86-vnni", learned=False, per_channel=True, **options):
     """A network that was trained for a while in 8 bits, and what that left."""
     torch.manual_seed(0)
     network, x = make(), torch.randn(shape)
-    ranges = Ranges(grid_of(target), learned)
-    rounding = Compared(
-        grid_of(target), ranges, "", options.get("include", ["*"]), options.get("exclude", [])
-    )
+    grid = grid_of(target, per_channel)
+    ranges = Ranges(grid, learned)
+    rounding = Compared(grid, ranges, "", options.get("include", ["*"]), options.get("exclude", []))
     rounding.attach(network)
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
     for _ in range(14 if learned else 3):
@@ -68,7 +67,8 @@ def trained(make, shape, target="x86-vnni", learned=False, **options):
     with torch.no_grad():
         expected = network(x).numpy()
     rounding.detach()
-    state = Trained(target, "", tuple(rounding.include), tuple(rounding.exclude), ranges)
+    include, exclude = tuple(rounding.include), tuple(rounding.exclude)
+    state = Trained(target, per_channel, "", include, exclude, ranges)
     return network, x, state, rounding, expected
 
 
@@ -102,10 +102,13 @@ def grids_of(path, x, folder):
     return [(step, value) for (_, step), value in zip(found, values, strict=True)]
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *slow])
-def test_every_layer_runs_in_integers_and_every_grid_is_at_most_one_step_off(name, tmp_path):
+one_step = [(name, False) for name in ("residual", "shared", "mlp")]
+
+
+@pytest.mark.parametrize(("name", "per_channel"), [*((name, True) for name in NETWORKS), *one_step, *slow])
+def test_every_layer_runs_in_integers_and_every_grid_is_at_most_one_step_off(name, per_channel, tmp_path):
     make, shape, integers, floating = {**NETWORKS, **MORE}[name]
-    network, x, state, rounding, expected = trained(make, shape)
+    network, x, state, rounding, expected = trained(make, shape, per_channel=per_channel)
     done = TrainedFile(network, state, ((x,), {})).write(tmp_path / "q.onnx")
     run = session(done.path, tmp_path)
     actual = run.run(None, {run.get_inputs()[0].name: x.numpy()})[0]
@@ -138,6 +141,23 @@ def test_each_target_has_its_own_integers(target, kind, limit, tmp_path):
     run = session(done.path, tmp_path)
     actual = run.run(None, {run.get_inputs()[0].name: x.numpy()})[0]
     assert np.abs(actual - expected).max() <= 0.05 * np.abs(expected).max()
+
+
+def test_one_step_for_a_whole_weight_is_that_of_the_folded_weight(tmp_path):
+    network, x, state, _, _ = trained(Plain, (8, 3, 16, 16), per_channel=False)
+    with torch.no_grad():
+        network.a[1].weight[:2] = torch.tensor([0.0, -3.0])
+    done = TrainedFile(network, state, ((x,), {})).write(tmp_path / "q.onnx")
+    constants = {i.name: numpy_helper.to_array(i) for i in onnx.load(str(done.path)).graph.initializer}
+    conv, norm = network.a[0], network.a[1]
+    folded = conv.weight * (norm.weight / (norm.running_var + norm.eps).sqrt()).view(-1, 1, 1, 1)
+    step = float(folded.detach().abs().max()) / 127
+    scale, whole = constants["a.0.weight_scale"], constants["a.0.weight_quantized"]
+    assert scale.shape == ()
+    assert float(scale) == pytest.approx(step, rel=1e-5)
+    assert not whole[0].any()
+    assert np.abs(whole[1]).max() == 127
+    assert np.abs(whole * step - folded.detach().numpy()).max() <= 0.501 * step
 
 
 def test_learned_steps_are_the_steps_of_the_file(tmp_path):
@@ -202,7 +222,7 @@ def test_what_is_excluded_stays_in_float_and_keeps_its_weights(tmp_path):
 
 def test_a_network_that_training_never_rounded_is_an_error():
     ranges = Ranges(grid_of("x86-vnni"))
-    nothing = Trained("x86-vnni", "", ("*",), (), ranges)
+    nothing = Trained("x86-vnni", True, "", ("*",), (), ranges)
     with pytest.raises(QuantizationError, match=r"no layer of this network.*a\.0: never run in training"):
         TrainedFile(Plain().eval(), nothing, ((torch.randn(2, 3, 16, 16),), {}))
 
