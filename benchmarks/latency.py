@@ -161,7 +161,7 @@ def rows_of(found: dict[str, Any]) -> list[list[object]]:
         if kind.startswith("pruned"):
             shown = f"{p50[kind.replace('pruned', 'dense')] / p50[kind] / fewer:.2f}"
         cells = [found["network"], kind, f"{found['macs'][kind] / 1e6:.1f}", f"{fewer:.2f}x"]
-        cells += [f"{p50[kind]:.2f}", f"{latency['p90']:.2f}" if latency["p90"] else ""]
+        cells += [f"{p50[kind]:.3g}", f"{latency['p90']:.3g}" if latency["p90"] else ""]
         cells += [f"{p50['dense'] / p50[kind]:.2f}x", shown]
         rows.append([*cells, f"{found['bytes'][kind] / 1e6:.2f}", "yes" if found["noisy"] else "no"])
     return rows
