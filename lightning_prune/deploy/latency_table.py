@@ -120,7 +120,7 @@ def measure_networks(
     target: Target = HERE,
     pace: float | None = None,
 ) -> list[float]:
-    """Export networks, and time the files on one sample, beside each other.
+    """Export networks, and time the files on one sample, each beside the anchor.
 
     Args:
         modules: The networks; they stay as they are.
@@ -145,8 +145,9 @@ def measure_networks(
             interface = _export(copied(module).cpu().float(), path, *call)
             np.savez(path.with_suffix(".npz"), **OnnxModule(path, interface).feed(*call))  # type: ignore[arg-type]
             names.append(path.name)
-        # In another order each time, so that none always runs after the same one.
-        times, _ = time_files(scratch, [names[turn:] + names[:turn] for turn in range(3)], target)
+        # Each alone with the anchor: amid other networks it would find the caches full of their weights, and
+        # how many there are would count. Three times, so that a bad moment hits a third of one's times.
+        times, _ = time_files(scratch, [[name] for name in names] * 3, target)
     return [times[name] * (1.0 if pace is None else pace / times[ANCHOR]) for name in names]
 
 
