@@ -1,15 +1,14 @@
 """What a budget of latency is worth beside one of MACs: accuracy at equal milliseconds.
 
 A network is trained on a part of CIFAR-10. Both budgets then prune it with the same data, loss and epochs,
-to several fractions each; at the end all networks are exported and timed in turn, beside one anchor, with ONNX
-Runtime on one thread. The last column holds each network against the line through those pruned to MACs, at
-its own milliseconds. `predicted` is what the latency budget foresaw for the network before it was measured.
+to several fractions each; at the end all networks are exported and timed in turn, beside one anchor, with
+ONNX Runtime on one thread. The last column holds each network against the line through those pruned to MACs,
+at its own milliseconds. `predicted` is what the latency budget foresaw for the network before it was measured.
 
     python benchmarks/latency_budget.py mobilenet_v2 resnet18 --data-root DATA --work WORK
 
 The tables and the raw numbers go to `benchmarks/results/`. What is finished is kept in WORK, and not done
-again.
-Every network takes about five minutes of one quiet core.
+again. Every network takes about five minutes of one quiet core.
 """
 
 from __future__ import annotations
