@@ -1,0 +1,125 @@
+"""What the benchmarks rest on: splits, batches that a resumed run finds again, boxes, names of runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def parts() -> Iterator[SimpleNamespace]:
+    """The scripts' modules, which import each other by plain names that are no one else's business."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCHMARKS))
+    yield SimpleNamespace(
+        **{
+            name: importlib.import_module(name)
+            for name in ("data", "detection", "accuracy", "networks", "tasks")
+        }
+    )
+    sys.path.remove(str(BENCHMARKS))
+    for name in set(sys.modules) - before:
+        if str(BENCHMARKS) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+def random_boxes(count: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(3)
+    low, size = torch.rand(2, count, 2, generator=random) * 40
+    return torch.cat([low, low + size + 1], 1)
+
+
+def test_nobody_is_in_two_parts_of_a_split(parts: SimpleNamespace) -> None:
+    people = np.repeat(np.arange(37), 5)
+    masks = parts.data.by_person(people, {"train": 0.6, "val": 0.15, "test": 0.25})
+    assert sum(masks.values()).tolist() == [1] * len(people)
+    found = [set(people[mask]) for mask in masks.values()]
+    assert sum(map(len, found)) == len(set.union(*found)) == 37
+
+
+def test_a_batch_depends_on_its_epoch_and_number_alone(parts: SimpleNamespace) -> None:
+    def batches() -> object:
+        x, y = torch.arange(40.0).view(20, 1, 2), torch.arange(20)
+        return parts.data.Batches(x, y, 4, seed=1, augment=parts.data.signals(1, 0.5))
+
+    first, resumed = batches(), batches()
+    seen = [first[epoch, i] for epoch in range(2) for i in range(5)]  # type: ignore[index]
+    x, y = resumed[1, 3]  # type: ignore[index]
+    torch.testing.assert_close(x, seen[8][0], rtol=0, atol=0)
+    assert y.tolist() == seen[8][1].tolist()
+    labels = [torch.cat([y for _, y in seen[k : k + 5]]).tolist() for k in (0, 5)]
+    assert [sorted(one) for one in labels] == [list(range(20))] * 2
+    assert labels[0] != labels[1]
+
+
+def test_mirrored_boxes_stay_on_what_they_mark(parts: SimpleNamespace) -> None:
+    x, y = torch.zeros(64, 1, 9, 12), torch.full((64, 2, 5), -1.0)
+    x[:, :, 2:5, 3:10], y[:, 0] = 1.0, torch.tensor([3.0, 2.0, 10.0, 5.0, 0.0])
+    moved, boxes = parts.data.mirrored_boxes(x, y, torch.Generator().manual_seed(0))
+    places = set()
+    for picture, box in zip(moved, boxes[:, 0], strict=True):
+        x1, y1, x2, y2 = box[:4].int().tolist()
+        assert picture[0, y1:y2, x1:x2].sum() == picture.sum() == 21
+        places.add((x1, y1))
+    assert len(places) == 4
+
+
+def test_boxes_survive_being_told_relative_to_anchors(parts: SimpleNamespace) -> None:
+    boxes, at = random_boxes(50), random_boxes(50).flip(0)
+    told = parts.detection.decode(parts.detection.encode(boxes, at), at)
+    torch.testing.assert_close(told, boxes, rtol=1e-4, atol=1e-3)
+
+
+def test_suppression_keeps_what_no_better_box_covers(parts: SimpleNamespace) -> None:
+    boxes, scores = random_boxes(60), torch.rand(60, generator=torch.Generator().manual_seed(1))
+    kept = parts.detection.suppress(boxes, scores).tolist()
+
+    def covers(a: int, b: int) -> bool:
+        width, height = (
+            max(0.0, float(min(boxes[a, k + 2], boxes[b, k + 2]) - max(boxes[a, k], boxes[b, k])))
+            for k in (0, 1)
+        )
+        areas = [float((boxes[i, 2] - boxes[i, 0]) * (boxes[i, 3] - boxes[i, 1])) for i in (a, b)]
+        return width * height / (sum(areas) - width * height) > 0.5
+
+    expected: list[int] = []
+    for i in sorted(range(60), key=lambda i: -float(scores[i])):
+        if not any(covers(j, i) for j in expected):
+            expected.append(i)
+    assert kept == expected
+    assert len(kept) < 60
+
+
+def test_the_detector_has_an_output_for_every_anchor(parts: SimpleNamespace) -> None:
+    with torch.no_grad():
+        found = parts.detection.Retina(8)(torch.zeros(1, 3, 48, 80))
+    count = len(parts.detection.anchors(48, 80))
+    assert {name: tuple(x.shape) for name, x in found.items()} == {
+        "scores": (1, count, 3),
+        "boxes": (1, count, 4),
+    }
+
+
+def test_names_of_runs_read_as_their_options(parts: SimpleNamespace) -> None:
+    name = "structural_macs0.5_round_to-4_importance-bn_scale_lr-0.1_40epochs"
+    expected = "structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs"
+    assert parts.accuracy.title_of(name) == expected
+
+
+def test_the_small_peer_is_the_widest_within_the_budget(parts: SimpleNamespace) -> None:
+    from lightning_prune.cost import count_macs
+
+    task = parts.tasks.TASKS["resnet8"]
+    network = parts.accuracy.small(task, 0.5)
+    width, x = network.conv.out_channels, (torch.zeros(1, *task.shape),)
+    dense = count_macs(task.network(task.width), x)
+    assert count_macs(network, x) <= 0.5 * dense < count_macs(task.network(width + 1), x)
