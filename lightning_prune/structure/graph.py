@@ -104,7 +104,7 @@ def _pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, s
                 stack.enter_context(running(module, training))
                 if sized:
                     stack.enter_context(numbered(module, record))
-                    stack.enter_context(Watcher(follower))
+                    stack.enter_context(Watcher(follower, module))
                 stack.enter_context(hooks_aside(module, follower))
                 stack.enter_context(follower)
                 out = module(*inputs[0], **inputs[1])

@@ -158,10 +158,14 @@ def _group(
 
 
 def layer_of(tensor: str) -> str:
-    """Name the layer of a weight.
+    """Name the layer of a weight, also of one that is computed from others.
 
     Example:
-        >>> layer_of("stem.0.weight"), layer_of("kernel")
-        ('stem.0', 'kernel')
+        >>> layer_of("stem.0.weight"), layer_of("kernel"), layer_of("0.parametrizations.weight.original1")
+        ('stem.0', 'kernel', '0')
     """
-    return tensor.removesuffix(".weight")
+    computed = (".parametrizations.weight.original", ".parametrizations.weight.original1", ".weight_v")
+    for ending in (".weight", *computed):
+        if tensor.endswith(ending):
+            return tensor.removesuffix(ending)
+    return tensor

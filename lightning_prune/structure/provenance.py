@@ -41,6 +41,7 @@ class Labels:
         view: Whether it shares memory with another tensor.
         event: What it took to make it.
         kept: Whether it outlives the pass: a parameter or a buffer.
+        part: If it is a part of another tensor: that one, and which of its dimensions each of these is.
     """
 
     factors: list[Tensor] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Labels:
     view: bool = False
     event: Event | None = None
     kept: bool = False
+    part: tuple[Tensor, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +214,26 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for at, factor in enumerate(factors)
             if not guessed[at] or not any(_overlap(factor, x) for x in factors if x is not factor)
         ]
+
+    def write(self, tensor: Tensor, factors: list[Tensor], source: int) -> None:
+        """Say what was written into a part of another tensor: that one learns of it, or it is pinned."""
+        known = self.of(tensor)
+        whole, dims = known.part or (tensor, ())
+        if not dims or any(
+            whole.shape[dims[d]] != tensor.shape[d] for factor in factors for d in varying(factor)
+        ):
+            self.pin(factors, "it is written into a part of another tensor")
+            return
+        shaped = []
+        for factor in factors:
+            shape = [1] * whole.dim()
+            for dim in varying(factor):
+                shape[dims[dim]] = factor.shape[dim]
+            order = sorted(range(factor.dim()), key=lambda dim: dims[dim])
+            shaped.append(factor.permute(order).reshape(shape))
+        theirs = self.of(whole)
+        self.give(whole, self.merge([theirs.factors, shaped], whole.dim()), max(theirs.source, source))
+        self.known[whole].event = theirs.event
 
     def pin(self, factors: Iterable[Tensor], reason: str) -> None:
         """Make labels stay."""

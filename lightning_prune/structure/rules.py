@@ -56,9 +56,7 @@ _ALONG = (
     "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort",
     "topk", "renorm", "_safe_softmax",
 )  # fmt: skip
-_SPATIAL = re.compile(
-    r"(pool|upsample|interpolate|pad|grid_sampl|im2col|col2im|affine_grid|roi_align|_upsample).*?(\d)d|im2col"
-)
+_SPATIAL = re.compile(r"(pool|upsample|interpolate|pad|grid_sampl|affine_grid|roi_align|_upsample).*?(\d)d")
 
 
 def same(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -78,9 +76,11 @@ def move(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     moved: list[list[Tensor]] = [[] for _ in outs]
     unknown = _looked_up(func, args)
     for factor in known.factors:
-        if unknown & set(varying(factor)):
-            f.pin([factor], f"it goes through {func.overloadpacket.__name__}")
-            continue
+        if unknown & set(varying(factor)):  # whichever it is that is looked up, it is of one class
+            looked_up, factor = factor, f.tie(factor, sorted(unknown))
+            if not varying(factor):
+                f.pin([looked_up], f"it goes through {func.overloadpacket.__name__}")
+                continue
         try:
             results = tensors_in(_rearranged(func, factor.expand(args[0].shape), args[1:], kwargs))
         except RuntimeError:
@@ -88,9 +88,26 @@ def move(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
             continue
         for place, result in enumerate(results):
             moved[place].append(result)
+    if func.overloadpacket.__name__ == "gather":  # it takes as many as there are indices
+        moved = [f.merge([moved[0], f.of(args[2]).factors], outs[0].dim())]
     view = func.overloadpacket.__name__ in _VIEWS
     for tensor, factors in zip(outs, moved, strict=True):
         f.give(tensor, factors, known.source, view=view or known.view)
+        f.of(tensor).part = _part(f, func, args, tensor)
+
+
+def _part(
+    f: Follower, func: Any, args: tuple[Any, ...], out: Tensor
+) -> tuple[Tensor, tuple[int, ...]] | None:
+    """Which tensor this is a part of, and which dimensions of it these are, as far as that is followed."""
+    x, name = args[0], func.overloadpacket.__name__
+    whole, dims = f.of(x).part or (x, tuple(range(x.dim())))
+    if f.of(x).view and f.of(x).part is None:
+        return None
+    if name == "select":
+        gone = (args[1] if len(args) > 1 else 0) % x.dim()
+        return whole, dims[:gone] + dims[gone + 1 :]
+    return (whole, dims) if name in ("slice", "narrow") else None
 
 
 def _looked_up(func: Any, args: tuple[Any, ...]) -> set[int]:
@@ -120,7 +137,7 @@ def _rearranged(func: Any, labels: Tensor, args: tuple[Any, ...], kwargs: dict[s
 def scatter(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     """`x[indices] = values`: what is looked up stays, what lies behind it is one class with the values."""
     x, indices, values = args[:3]
-    known, theirs = f.of(x), f.of(values)
+    theirs = f.of(values)
     looked = {dim for dim, at in enumerate(indices) if at is not None}
     behind = x.dim() - len(looked)
     leading = looked == set(range(len(looked)))
@@ -132,19 +149,72 @@ def scatter(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             continue
         shape = tuple(factor.shape[lead:])
         kept.append(factor.reshape((1,) * (x.dim() - len(shape)) + shape))
+    _write(f, x, kept, looked, theirs.source, out)
+
+
+def accumulate(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`index_add`, `scatter_add` and the like: as `scatter`, along one dimension."""
+    x, dim, index, values = args[:4]
+    looked = {dim % max(1, x.dim())}
+    kept: list[Tensor] = []
+    lost: list[Tensor] = []
+    for factor in f.of(values).factors:
+        # Rows go to one place as a whole if their indices are one, expanded.
+        whole = index.dim() < 2 or all(index.stride(d) == 0 for d in varying(factor))
+        (kept if whole and not looked & set(varying(factor)) else lost).append(factor)
+    f.pin(lost, "it is written where numbers say")
+    beside = [factor for factor in f.of(index).factors if not looked & set(varying(factor))]
+    _write(f, x, f.merge([kept, beside], x.dim()), looked, f.of(values).source, out)
+
+
+def _write(f: Follower, x: Tensor, values: list[Tensor], looked: set[int], source: int, out: Tensor) -> None:
+    """Write values at places that are looked up along some dimensions; the others are one class."""
+    known = f.of(x)
     mine = [factor for factor in known.factors if not looked & set(varying(factor))]
     f.pin([x for x in known.factors if looked & set(varying(x))], "it is written where numbers say")
-    factors = f.merge([mine, kept], x.dim())
+    factors = f.merge([mine, values], x.dim())
     if known.view and not _equal(known.factors, factors):
         f.pin(factors, "it is written into a part of another tensor")
     else:
-        f.give(out, factors, max(known.source, theirs.source), view=known.view)
+        f.give(out, factors, max(known.source, source), view=known.view)
+
+
+def like(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`zeros_like` and such: constants, as wide as another tensor."""
+    f.give(out, f.of(args[0]).factors, WILD)
 
 
 def pooled(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
     """`roi_align`, `roi_pool`: regions of images become images; channels stay."""
     known = f.of(args[0])
     f.give(out, [f.tie(factor, [d for d in varying(factor) if d != 1]) for factor in known.factors], DATA)
+
+
+def packed(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """`pack_padded_sequence`: steps and batch become one dimension."""
+    known, data = f.of(args[0]), tensors_in(out)[0]
+    f.pin([x for x in known.factors if {0, 1} & set(varying(x))], "it goes through pack_padded_sequence")
+    f.give(data, [x[0] for x in known.factors if not {0, 1} & set(varying(x))], known.source)
+
+
+def unfolded(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`unfold`: every channel becomes as many as a patch has places, one after the other."""
+    x = args[0]
+    factors = [f.tie(factor, [d for d in varying(factor) if d > 1]) for factor in f.of(x).factors]
+    places = out.shape[1] // x.shape[1]
+    flat = [factor[..., 0].repeat_interleave(places if factor.shape[1] > 1 else 1, 1) for factor in factors]
+    f.give(out, flat, f.of(x).source)
+
+
+def folded(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    """`fold`: the other way round."""
+    x = args[0]
+    factors = []
+    for factor in f.of(x).factors:
+        factor = f.tie(factor, [2]).expand(-1, x.shape[1], -1) if varying(factor) != [0] else factor
+        runs = factor.reshape(factor.shape[0], out.shape[1], -1, 1)
+        factors.append(f.tie(runs, [2]))
+    f.give(out, factors, f.of(x).source)
 
 
 def restride(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -170,8 +240,8 @@ def pointwise(f: Follower, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     first = args[0] if args and isinstance(args[0], Tensor) else None
     into_view = first is not None and any(tensor is first for tensor in outs) and f.of(first).view
     if into_view and not _equal(f.of(first).factors, factors):
-        # The tensor that this is a view of would have to learn of it.
-        f.pin(factors, "it is written into a part of another tensor")
+        assert first is not None
+        f.write(first, factors, source)
         return
     for tensor in outs:
         fits = [x for x in factors if x.dim() == tensor.dim()]
@@ -321,9 +391,14 @@ RULES = _table(
     (_ALONG, along),
     (("cat", "concat"), concatenate),
     (("stack",), stack),
+    (("_pack_padded_sequence",), packed),
+    (("im2col",), unfolded),
+    (("col2im",), folded),
     (("as_strided",), restride),
     (("glu",), gated),
     (("index_put", "_index_put_impl"), scatter),
+    (("index_add", "index_copy", "index_reduce", "scatter", "scatter_add", "scatter_reduce"), accumulate),
+    (("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"), like),
     (("roi_align", "roi_pool"), pooled),
     (("mm", "bmm", "mv", "dot"), mm),
     (("addmm", "baddbmm"), addmm),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.structure.layers import own_widths
 from lightning_prune.structure.products import layer_norm
 from lightning_prune.structure.provenance import (
+    PARAMETER,
     WILD,
     Follower,
     Record,
@@ -28,6 +29,7 @@ from lightning_prune.structure.provenance import (
     tensors_in,
     varying,
 )
+from lightning_prune.structure.weight_norms import weight_normed
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,12 @@ class Watcher(TorchFunctionMode):
 
     Args:
         follower: What knows the labels of tensors.
+        module: The network.
     """
 
-    def __init__(self, follower: Follower) -> None:
+    def __init__(self, follower: Follower, module: nn.Module) -> None:
         super().__init__()
+        self.directions = {id(module.get_parameter(one.direction)) for one in weight_normed(module)}
         self.follower = follower
         self.record = follower.record
 
@@ -182,6 +186,8 @@ class Watcher(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func is torch.nn.functional.rms_norm:
             return self._rms_norm(out, since, *args, **kwargs)
+        if func is torch._weight_norm:
+            return self._weight_norm(out, since, *args, **kwargs)
         if getattr(func, "__self__", None) is _SHAPE:
             return self._sized(args[0], out)
         name = getattr(func, "__name__", "")
@@ -212,6 +218,17 @@ class Watcher(TorchFunctionMode):
         layer_norm(self.follower, None, (input, normalized_shape, weight, None), {}, out)
         read = [self.follower.of(t).event for t in (input, weight) if t is not None]
         self.follower.of(out).event = self.record.event(since, read)
+        return out
+
+    def _weight_norm(self, out: Tensor, since: tuple[int, ...], v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        """By its operators it mixes what a weight reads; a cut keeps the rest of the weight what it was."""
+        if id(v) in self.directions:
+            self.record.rewind(since)
+            factors = self.follower.merge([self.follower.of(v).factors, self.follower.of(g).factors], v.dim())
+            self.follower.give(out, factors, PARAMETER)
+            self.follower.of(out).event = self.record.event(
+                since, [self.follower.of(t).event for t in (v, g)]
+            )
         return out
 
     def _sized(self, tensor: Tensor, shape: Any) -> Any:
@@ -245,9 +262,7 @@ _SHAPE = torch.Tensor.shape  # what reads it has no name of its own
 
 def _shaped(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """`view`, `reshape`, `expand`: a number for each dimension of the output."""
-    sizes = args[1:] if len(args) > 1 else tuple(kwargs.values())
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        sizes = tuple(sizes[0])
+    sizes = _sizes(args, kwargs)
     if not isinstance(out, Tensor) or len(sizes) != out.dim():
         return
     _laid_out(watcher, out)
@@ -257,6 +272,22 @@ def _shaped(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out
             # What was made on the way and has no channels yet takes on those of what it meets.
             if bool(extent.labels.any()) or watcher.follower.of(out).source != WILD:
                 watcher.demand(size, extent)
+
+
+def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    sizes = args[1:] if len(args) > 1 else tuple(kwargs.values())
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
+
+def _expanded(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """`expand`: what is repeated as often as a number says takes on the channels of what it meets."""
+    sizes = _sizes(args, kwargs)
+    new = out.dim() - args[0].dim()
+    repeated = [size if d < new or args[0].shape[d - new] == 1 else 1 for d, size in enumerate(sizes)]
+    known = watcher.follower.of(out)
+    _from_nowhere(watcher, repeated, out, known.factors, known.source)
+    watcher.follower.of(out).event = known.event
+    _shaped(watcher, args, kwargs, out)
 
 
 def _laid_out(watcher: Watcher, out: Tensor) -> None:
@@ -335,8 +366,13 @@ def _created(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     """`zeros` and the like: channels that come from nowhere, as many as a number says."""
     lists = [item for item in (*args, *kwargs.values()) if isinstance(item, (tuple, list))]
     sizes = lists[0] if lists else [item for item in args if isinstance(item, int)]
-    if not isinstance(out, Tensor) or len(sizes) != out.dim():
-        return
+    if isinstance(out, Tensor) and len(sizes) == out.dim():
+        _from_nowhere(watcher, sizes, out)
+
+
+def _from_nowhere(
+    watcher: Watcher, sizes: Any, out: Tensor, known: Sequence[Tensor] = (), source: int = WILD
+) -> None:
     factors = []
     for dim, size in enumerate(sizes):
         if isinstance(size, Size) and int(size) > 1:
@@ -345,7 +381,7 @@ def _created(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             watcher.demand(size, Extent(labels[:, None]))
             factors.append(labels.view(shape_at(dim, out.dim(), int(size))))
     if factors:
-        watcher.follower.give(out, factors, WILD)
+        watcher.follower.give(out, [*known, *factors], source)
 
 
 def _normalised(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -364,7 +400,8 @@ def _convolved(watcher: Watcher, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 _RULES: dict[str, Callable[..., None]] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _shaped),
+    **dict.fromkeys(("view", "reshape"), _shaped),
+    **dict.fromkeys(("expand", "broadcast_to"), _expanded),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "tensor_split"), _split),
     **dict.fromkeys(("zeros", "ones", "empty", "rand", "randn", "full"), _created),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _created),

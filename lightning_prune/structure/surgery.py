@@ -15,6 +15,7 @@ from lightning_prune.errors import CompatibilityError
 from lightning_prune.structure.groups import Group, attribute_of
 from lightning_prune.structure.heads import settle
 from lightning_prune.structure.layers import attributes_after, attributes_of, write
+from lightning_prune.structure.weight_norms import rescaled, weight_normed
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,19 @@ def _attributes(
 ) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """What the layers' integer attributes become."""
     owners = dict.fromkeys([name.rpartition(".")[0] for name in slices] + [name[:-1] for name in widths])
+    computed = {one.layer: (one.weight, one.direction) for one in weight_normed(module)}
+    owners |= dict.fromkeys(layer for layer, (_, direction) in computed.items() if direction in slices)
     found = {}
     for owner in owners:
         layer = module.get_submodule(owner)
         shapes: dict[str, tuple[int, ...]] = {"#": (widths.get(f"{owner}#", 0),)}
         tensors = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-        for leaf, tensor in tensors:
-            shape = list(tensor.shape)
-            for dim, kept in slices.get(f"{owner}.{leaf}" if owner else leaf, ()):
+        names = {leaf: f"{owner}.{leaf}" if owner else leaf for leaf, _ in tensors}
+        if owner in computed:
+            leaf, names[leaf] = computed[owner]
+        for leaf, name in names.items():
+            shape = list(get_tensor(module, name).shape)
+            for dim, kept in slices.get(name, ()):
                 shape[dim] = kept.numel()
             shapes[leaf] = tuple(shape)
         values = attributes_after(layer, shapes)
@@ -184,6 +190,7 @@ def apply(module: nn.Module, change: Change) -> None:
         Linear(in_features=2, out_features=2, bias=True)
     """
     seen: set[int] = set()
+    sizes = rescaled(module, change.narrow) if change.kept else {}
     for name, cuts in change.kept.items():
         tensor = get_tensor(module, name)
         if id(tensor) not in seen:
@@ -192,6 +199,8 @@ def apply(module: nn.Module, change: Change) -> None:
             resize(tensor, take(tensor.detach(), cuts))
             if gradient is not None:
                 tensor.grad = take(gradient, cuts)
+    for name, size in sizes.items():
+        get_tensor(module, name).data.copy_(size)
     for name, values in change.attributes.items():
         write(module.get_submodule(name), values)
     settle(module)
@@ -212,9 +221,10 @@ def copied_cut(module: nn.Module, change: Change) -> nn.Module:
         torch.Size([2, 2])
     """
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
-    for name, cuts in change.kept.items():
+    sizes = rescaled(module, change.narrow)
+    for name in (*change.kept, *sizes):
         tensor = get_tensor(module, name)
-        data = take(tensor.detach(), cuts)
+        data = sizes[name] if name in sizes else change.narrow(name, tensor.detach())
         memo[id(tensor)] = nn.Parameter(data, False) if isinstance(tensor, nn.Parameter) else data
     smaller = copied(module, memo)
     apply(smaller, replace(change, kept={}))

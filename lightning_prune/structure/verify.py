@@ -23,6 +23,7 @@ from lightning_prune.structure.groups import Group, Member
 from lightning_prune.structure.layers import attributes_of, is_masked_norm
 from lightning_prune.structure.modes import running
 from lightning_prune.structure.surgery import apply, change_for, copied_cut, get_tensor
+from lightning_prune.structure.weight_norms import silence, weight_normed
 
 TOLERANCE = 1e-5
 
@@ -339,11 +340,17 @@ def _silenced(module: nn.Module, groups: Iterable[Group], kept: Mapping[str, Ten
                 stay.setdefault(owner, torch.ones(width, dtype=torch.bool))[gone] = False
     # Parameters that nothing is written into are shared with the copy.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    sizes = {one.direction: one.size for one in weight_normed(module)}
     for member, _ in silent:
-        memo.pop(id(get_tensor(module, member.tensor)), None)
+        for name in (member.tensor, sizes.get(member.tensor, member.tensor)):
+            memo.pop(id(get_tensor(module, name)), None)
     network = copied(module, memo)
     for member, gone in silent:
-        get_tensor(network, member.tensor).index_fill_(member.dim, gone, 0.0)
+        weight = get_tensor(network, member.tensor)
+        if member.tensor in sizes:
+            silence(weight, get_tensor(network, sizes[member.tensor]), member.dim, gone)
+        else:
+            weight.index_fill_(member.dim, gone, 0.0)
     for name, mask in stay.items():
         network.get_submodule(name).register_forward_hook(_masked_norm(mask))
     return network

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from lightning_prune.structure.surgery import Change
 
+# A weight under weight_norm, and under parametrizations of one tensor.
+COMPUTED = ("parametrizations.weight.original1", "parametrizations.weight.original")
+
 
 def gone(change: Change, name: str, dim: int, width: int) -> Tensor | None:
     for d, kept in change.kept.get(name, ()):
@@ -26,15 +29,19 @@ def gone(change: Change, name: str, dim: int, width: int) -> Tensor | None:
 def masked(dense: nn.Module, change: Change) -> nn.Module:
     """Copy a network, zero the weights that read removed channels, and keep those out of norms."""
     net = copy.deepcopy(dense).eval()  # in training mode, reading a spectrally normed weight changes it
+    names = dict(net.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, layer in net.named_modules():
             prefix = f"{name}." if name else ""
             if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
                 dim = 0 if getattr(layer, "transposed", False) else 1
-                read = gone(change, f"{prefix}weight", dim, layer.weight.shape[dim])
-                if read is not None:
+                label = next(n for n in ("weight", "weight_v", *COMPUTED) if f"{prefix}{n}" in names)
+                read = gone(change, f"{prefix}{label}", dim, layer.weight.shape[dim])
+                if read is not None and label == "weight":
                     layer.weight.index_fill_(dim, read.nonzero().flatten(), 0.0)
-            elif isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)):
+                elif read is not None:  # a weight that is computed cannot be written: its input is masked
+                    layer.register_forward_pre_hook(_input_without(read, isinstance(layer, nn.Linear)))
+            elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
                 for label, weight in layer.named_parameters(recurse=False):
                     read = (
                         gone(change, f"{prefix}{label}", 1, weight.shape[-1]) if weight.dim() == 2 else None
@@ -48,6 +55,13 @@ def masked(dense: nn.Module, change: Change) -> nn.Module:
                 if lost is not None:
                     layer.forward = _norm_without(layer, ~lost)
     return net
+
+
+def _input_without(read: Tensor, last: bool):
+    def hook(layer, inputs):
+        return inputs[0].index_fill(-1 if last else 1, read.nonzero().flatten(), 0.0)
+
+    return hook
 
 
 def _norm_without(layer: nn.Module, stay: Tensor):
@@ -108,6 +122,8 @@ def assert_the_same(dense: nn.Module, cut: nn.Module, change: Change, x: Tensor)
         if wanted[name].grad is None:
             assert parameter.grad is None or not parameter.grad.any()
             continue
+        if name.endswith(("original0", "original1")):
+            continue  # of a shorter direction, other changes are changes of length
         grad = change.narrow(name, wanted[name].grad)
         assert parameter.grad is not None, name
         assert distance(grad + 1e-6, parameter.grad + 1e-6) < 1e-6, name

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import attention_networks as attentions
+import indexed_networks as indexed
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -514,6 +515,23 @@ class Normed(Pooled):
         return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))
 
 
+class WeightNormed(nn.Module):
+    """A temporal network whose every weight is a size times a direction, depthwise and transposed too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wrap = nn.utils.parametrizations.weight_norm
+        self.a, self.b = wrap(nn.Conv1d(4, 16, 3, padding=1)), wrap(nn.Conv1d(16, 16, 3, padding=1))
+        self.c, self.d = wrap(nn.Conv1d(16, 16, 3, groups=16)), wrap(nn.Conv1d(16, 12, 1))
+        self.up = wrap(nn.ConvTranspose1d(12, 8, 2, 2))
+        self.head = wrap(nn.Linear(8, 3), dim=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = self.c(x + F.relu(self.b(x)))
+        return self.head(F.relu(self.up(F.relu(self.d(x)))).mean(2))
+
+
 def image(channels: int = 3, size: int = 8) -> Callable[[], Tensor]:
     return lambda: torch.randn(2, channels, size, size)
 
@@ -579,6 +597,7 @@ CASES: dict[str, Case] = {
     "non-local": Case(NonLocal, image(), ("a",)),
     "causal": Case(Causal, lambda: torch.randn(2, 4, 20), ("a", "c")),
     "mixer": Case(Mixer, image(), ("embed", "t1", "c1")),
+    "weight norm": Case(WeightNormed, lambda: torch.randn(2, 4, 8), ("a", "d", "up")),
     "computed weights": Case(Normed, image(), ("c",)),
 }
 
@@ -637,4 +656,14 @@ ATTENTION: dict[str, Case] = {
         ),
     ),
 }
-CASES |= ATTENTION
+
+INDEXED: dict[str, Case] = {
+    "graph": Case(indexed.Graph, lambda: torch.randn(2, 6, 5), ("embed", "other")),
+    "experts": Case(
+        indexed.Experts, lambda: torch.randn(7, 8), ("embed", *(f"experts.{n}.0" for n in range(4)))
+    ),
+    "steps": Case(indexed.Steps, lambda: torch.randn(2, 4, 5), ("embed", "cell.weight_ih")),
+    "packed": Case(indexed.Packed, lambda: torch.randn(2, 7, 6), ("embed", "rnn.weight_ih_l0")),
+    "patches": Case(indexed.Patches, image(), ("stem", "inner", "outer")),
+}
+CASES |= ATTENTION | INDEXED

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from masked_reference import assert_the_same, distance, masked
-from structure_networks import ATTENTION, CASES, ConvNeXt, Residual
+from structure_networks import ATTENTION, CASES, INDEXED, ConvNeXt, Residual
 
 from lightning_prune.errors import BudgetError
 from lightning_prune.structure.budget import Budget
@@ -54,10 +54,10 @@ def test_survey_frees_the_groups_that_can_shrink_and_names_why_others_cannot(nam
 
 
 def settings():
-    """Every setting for every network; those of attention that say little more are slow together."""
+    """Every setting for every network; those that say little more are slow together."""
     for name in (name for name, case in CASES.items() if case.free):
         for place, setting in enumerate(SETTINGS):
-            slow = name in ATTENTION and place not in (0, 3)
+            slow = name in {*ATTENTION, *INDEXED} and place not in (0, 3)
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(name, setting, id="-".join(map(str, (name, *setting))), marks=marks)
 
