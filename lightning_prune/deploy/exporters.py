@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.deploy.graph import PREFIX
+from lightning_prune.deploy.graph import PREFIX, hold_constants
 from lightning_prune.deploy.interface import Interface
 from lightning_prune.deploy.tree import flatten
 from lightning_prune.errors import ExportError
@@ -87,7 +87,9 @@ def scripted(flat: Flat, tensors: tuple[Tensor, ...], axes: list[dict[int, str]]
                 dynamic_axes={name: dict(item) for name, item in zip(names, axes, strict=True) if item},
                 opset_version=opset,
             )
-            return onnx.load(str(path))  # with the weights, which it puts beside a file over 2 GiB
+            proto = onnx.load(str(path))  # with the weights, which it puts beside a file over 2 GiB
+            hold_constants(proto.graph)
+            return proto
     except Exception as error:
         raise _cannot_export(flat, error) from error
 

@@ -112,6 +112,39 @@ def _apply(graph: Any, mapping: Mapping[str, str]) -> None:
                 _apply(inner, mapping)
 
 
+def hold_constants(graph: Any) -> None:
+    """Give layers initializers for weights that are constants, or biases that stand for one another.
+
+    TorchScript writes of several biases with the same values only one; a quantizer leaves the others in float.
+
+    Args:
+        graph: An `onnx.GraphProto`, changed in place.
+    """
+    known = {item.name: item for item in graph.initializer}
+    outputs = {item.name for item in graph.output}
+    layers = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    wanted = {name for node in graph.node if node.op_type in layers for name in node.input[1:]}
+    rest = []
+    for node in graph.node:
+        value = None
+        if not wanted.intersection(node.output):
+            pass
+        elif node.op_type == "Constant" and node.attribute[0].name == "value":
+            value = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in known and len(known[node.input[0]].dims) == 1:
+            value = known[node.input[0]]
+        if value is None or node.output[0] in outputs:
+            rest.append(node)
+            continue
+        copy = graph.initializer.add()
+        copy.CopyFrom(value)
+        copy.name = node.output[0]
+        known[copy.name] = copy
+    nodes = [type(node).FromString(node.SerializeToString()) for node in rest]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def describe_io(graph: Any) -> dict[str, str]:
     """Return the names, types and shapes of a graph's inputs and outputs, as JSON texts for its metadata."""
     import onnx

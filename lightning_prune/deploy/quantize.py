@@ -284,18 +284,21 @@ def _dynamic(source: Path, part: Path, config: Quantize, nodes: Sequence[str]) -
     )
 
 
+_CHATTER = ("pre-processing before quantization", "is out-of-range for weight", "to be an initializer")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep off the terminal what the quantizer says about itself.
 
-    It advises to pre-process a graph that the exporter has optimized already, and notes that it quantizes the
-    vectors of normalisation layers as a whole.
+    It advises to pre-process a graph that the exporter has optimized already, notes that it quantizes the
+    vectors of normalisation layers as a whole, and that a bias is computed, whose layer the report names.
     """
     root = logging.getLogger()
 
     def ours(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return "pre-processing before quantization" not in text and "is out-of-range for weight" not in text
+        return not any(part in text for part in _CHATTER)
 
     root.addFilter(ours)
     try:

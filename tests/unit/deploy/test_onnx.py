@@ -195,6 +195,22 @@ def test_a_list_of_which_one_result_comes_is_not_taken_apart(tmp_path):
     assert [i.name for i in session(exported.path).get_inputs()] == ["features_0", "features_1"]
 
 
+def test_biases_that_are_alike_are_quantized_each_with_its_own_layer(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    ).eval()
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+    x = torch.randn(2, 3, 12, 12)
+    exported = export_onnx(net, tmp_path / "a.onnx", (x,), {}, Onnx(legacy=True))
+    assert check_parity(net, exported, [((x,), {})])["max_rel"] < 1e-5
+    done = quantize_file(exported.path, tmp_path / "a.int8.onnx", Quantize(), [{"input": x.numpy()}])
+    assert (done.integer, done.floating) == (3, ())
+    near = check_parity(net, replace(exported, path=done.path), [((x,), {})], strict=False)
+    assert near["max_rel"] < 0.05
+
+
 def test_an_open_axis_that_the_file_has_frozen_is_found_by_parity(tmp_path):
     """Traced, the count of rows becomes a number, and no batch size would show it."""
 
