@@ -3,7 +3,7 @@
 A network is trained on a part of CIFAR-10. Both budgets then prune it with the same data, loss and epochs,
 to several fractions each; at the end all networks are exported and timed in turn, beside one anchor, with
 ONNX Runtime on one thread. The last column holds each network against the line through those pruned to MACs,
-at its own milliseconds. `predicted` is what the latency budget foresaw for the network before it was measured.
+at its own milliseconds. `predicted` is what the latency budget foresaw of it before it was measured.
 
     python benchmarks/latency_budget.py mobilenet_v2 resnet18 --data-root DATA --work WORK
 

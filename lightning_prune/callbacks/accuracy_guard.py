@@ -250,8 +250,10 @@ class AccuracyGuard(Callback):
         """Return the monitored metric of this rank; refuse a name that nobody logs."""
         logged = trainer.callback_metrics
         if self.monitor not in logged:
-            problem = f"the training logs no {self.monitor!r}. {near_matches(self.monitor, sorted(logged))}"
-            raise ConfigurationError(f"{_OWNER}: `monitor`: {problem}")
+            loop = "validation loop" if trainer.enable_validation else "training"
+            problem = f"the {loop} logs no {self.monitor!r} for a whole epoch (`on_epoch=True`)"
+            known = near_matches(self.monitor, sorted(logged))
+            raise ConfigurationError(f"{_OWNER}: `monitor`: {problem}. {known}")
         return logged[self.monitor]
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
