@@ -115,7 +115,8 @@ def _apply(graph: Any, mapping: Mapping[str, str]) -> None:
 def hold_constants(graph: Any) -> None:
     """Give layers initializers for weights that are constants, or biases that stand for one another.
 
-    TorchScript writes of several biases with the same values only one; a quantizer leaves the others in float.
+    TorchScript writes of several biases with the same values only one, and a quantizer leaves the others in
+    float.
 
     Args:
         graph: An `onnx.GraphProto`, changed in place.

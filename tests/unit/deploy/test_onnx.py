@@ -197,9 +197,8 @@ def test_a_list_of_which_one_result_comes_is_not_taken_apart(tmp_path):
 
 def test_biases_that_are_alike_are_quantized_each_with_its_own_layer(tmp_path):
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
-    ).eval()
+    layers = [nn.Conv2d(size, 4, 3) for size in (3, 4, 4)]
+    net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).eval()
     for layer in layers:
         nn.init.zeros_(layer.bias)
     x = torch.randn(2, 3, 12, 12)
