@@ -37,6 +37,7 @@ from lightning_prune.structure.budget import Budget
 from lightning_prune.structure.costs import Example
 from lightning_prune.structure.factoring import factors_of, put_factors
 from lightning_prune.structure.groups import Group
+from lightning_prune.structure.latency import LatencyTable
 from lightning_prune.structure.plan import Dense, measure, plan, survey
 from lightning_prune.structure.ranks import KINDS, Wish
 from lightning_prune.structure.surgery import apply
@@ -219,12 +220,10 @@ class _Cutter:
         start = Dense({group.name: group.channels for group in groups}, self.dense.costs)
         weighed = None
         if self.budget.kind == "latency":
-            table = self._watch.table
-            if not {name for name, _ in network.named_parameters() if name in table.layers} >= set(
-                table.layers
-            ):
-                self._time(network, groups)
-            weighed = scores(network, groups, self._watch.table, recipe.importance, {})
+            table, names = self._watch.table, dict(network.named_parameters())
+            if table is None or not table.layers.keys() <= names.keys():  # some are products of others now
+                table = self._time(network, groups)
+            weighed = scores(network, groups, table, recipe.importance, {})
         meter = self._watch.meters[self.budget.kind]
         apply(network, plan(network, groups, recipe.recipe, start, 1.0, self.example, weighed, meter))
 
@@ -232,8 +231,10 @@ class _Cutter:
         how = self.how
         return survey(network, self.example, lambda names: _chosen(names, how.include, how.exclude))
 
-    def _time(self, network: Any, groups: Sequence[Group]) -> None:
-        self._watch.table = self._watch.read_or_measure(network, groups, self.how.recipe, self.example)
+    def _time(self, network: Any, groups: Sequence[Group]) -> LatencyTable:
+        table = self._watch.read_or_measure(network, groups, self.how.recipe, self.example)
+        self._watch.table = table
+        return table
 
 
 def _for_factors(budget: Budget, steps: int) -> Budget:
