@@ -14,7 +14,16 @@ from pytorch_lightning.cli import LightningCLI
 from structural_cases import Net, assert_equal_state, killed_run
 from test_structural_ddp import run as run_on_two_ranks
 
-from lightning_prune import AccuracyGuard, Budget, ElasticFamily, LayerPruning, StructuralPruning, Target
+from lightning_prune import (
+    AccuracyGuard,
+    Budget,
+    ElasticFamily,
+    LayerPruning,
+    LowRank,
+    Schedule,
+    StructuralPruning,
+    Target,
+)
 from lightning_prune.callbacks import _latency
 from lightning_prune.deploy import latency_table
 from lightning_prune.errors import BudgetError, ConfigurationError, ProfileError
@@ -125,6 +134,40 @@ def test_a_check_that_fails_does_not_end_the_training(tmp_path, monkeypatch):
     net, _ = run(tmp_path, half)
     assert milliseconds(net) <= 0.5 * milliseconds(network())
     assert None in {entry["measured_ms"] for entry in half.pruning_summary()["history"]}
+
+
+@pytest.mark.usefixtures("known")
+def test_layers_that_became_products_are_timed_anew(tmp_path):
+    low = LowRank(ratio=0.5, schedule=Schedule("one_shot", 1, unit="epoch"), round_to=4)
+    later = Schedule("linear", 2, 3, unit="epoch")
+    table = str(tmp_path / "table.json")
+    half = StructuralPruning(Budget(latency=0.3), schedule=later, round_to=4, latency_table=table)
+    net, _ = run(tmp_path / "run", half, None, low)
+    assert isinstance(net.a[0], torch.nn.Sequential)
+    assert milliseconds(net) <= 0.3 * milliseconds(network())
+    for entry in half.pruning_summary()["history"]:
+        assert entry["predicted_ms"] == pytest.approx(entry["measured_ms"], rel=0.02)
+    assert len(list(tmp_path.glob("table*.json"))) == 2
+    # What was cut is kept in the file of the network that it is a part of.
+    names = {path.name: len(json.loads(path.read_text())["known"]) for path in tmp_path.glob("*.json")}
+    assert min(names.values()) >= 2
+
+
+@pytest.mark.usefixtures("known")
+def test_a_last_cut_whose_file_is_over_the_budget_is_planned_anew(tmp_path, monkeypatch):
+    real = latency_table.measure_networks
+
+    def slower_when_cut_in_training(modules, *arguments):
+        slower = 1.25 if len(modules) == 1 else 1.0
+        return [slower * ms for ms in real(modules, *arguments)]
+
+    monkeypatch.setattr(latency_table, "measure_networks", slower_when_cut_in_training)
+    monkeypatch.setattr(_latency, "_STOPS", 0)
+    half, dense = pruning(Budget(latency=0.6), round_to=4), milliseconds(network())
+    net, _ = run(tmp_path, half)
+    last = half.pruning_summary()["history"][-1]
+    assert last["measured_ms"] == pytest.approx(1.25 * milliseconds(net))
+    assert 0.4 * dense < last["measured_ms"] <= 0.6 * dense
 
 
 @pytest.mark.usefixtures("known")
