@@ -53,9 +53,8 @@ METHODS = (
 )
 SCORES = {"val_acc": "Accuracy", "val_map": "Mean average precision"}
 # Channels go in the first part of the training, zeros come after them, and the rest is for recovery.
-CHANNELS = Schedule("cubic", begin=0.0, end=0.4)
+UNTIL = 0.4
 ZEROS = Schedule("cubic", begin=0.0, end=0.6)
-ZEROS_AFTER_CHANNELS = Schedule("cubic", begin=0.4, end=0.7)
 
 
 def layers_with_weights(network: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -66,18 +65,23 @@ def layers_with_weights(network: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
     """Make the callbacks of a method of this package."""
-    options = TASKS[arguments.task].pruning | dict(arguments.set or [])
-    structure = {key: value for key, value in options.items() if key not in ("criterion", "zeros_scope")}
-    channels = StructuralPruning(Budget(macs=arguments.macs), **({"schedule": CHANNELS} | structure))
-    criteria = {
-        "criterion": options.get("criterion", "magnitude"),
-        "scope": options.get("zeros_scope", "global"),
+    task = TASKS[arguments.task]
+    options = task.pruning | dict(arguments.set or [])
+    epochs = arguments.epochs or task.tune
+    # Not in the first epoch, in which gradients have to be seen by some importances.
+    until = max(2, round(epochs * options.pop("until", UNTIL)))
+    zeros = {
+        "criterion": options.pop("criterion", "magnitude"),
+        "scope": options.pop("zeros_scope", "global"),
     }
-    if method == "structural":
-        return [channels]
     if method == "magnitude":
-        return [MagnitudePruning(arguments.zeros, schedule=ZEROS, **criteria)]
-    return [channels, MagnitudePruning(arguments.zeros, schedule=ZEROS_AFTER_CHANNELS, **criteria)]
+        return [MagnitudePruning(arguments.zeros, schedule=ZEROS, **zeros)]
+    first = Schedule("cubic", begin=0, end=until, unit="epoch")
+    callbacks: list[Callback] = [StructuralPruning(Budget(macs=arguments.macs), schedule=first, **options)]
+    if method == "joint":
+        after = Schedule("cubic", begin=until, end=until + max(1, round(0.3 * epochs)), unit="epoch")
+        callbacks.append(MagnitudePruning(arguments.zeros, schedule=after, **zeros))
+    return callbacks
 
 
 def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
@@ -226,7 +230,7 @@ def title_of(name: str) -> str:
         >>> title_of("structural_macs0.5_round_to-4_importance-bn_scale_lr-0.1_40epochs")
         'structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs'
     """
-    keys = {*inspect.signature(StructuralPruning).parameters, "criterion", "zeros_scope"}
+    keys = {*inspect.signature(StructuralPruning).parameters, "criterion", "zeros_scope", "until"}
     keys |= {field.name for field in fields(Recipe)}
     starts = "|".join(sorted(f"{key}-" for key in keys))
     parts = re.split(rf"_(?={starts}|macs[\d.]|zeros[\d.]|\w+epochs$)", name)
@@ -277,7 +281,7 @@ def main() -> None:
     parser.add_argument("--zeros", type=float, default=0.8, help="fraction of zeros among the weights")
     parser.add_argument("--epochs", type=int, help="default: the task's own number")
     parser.add_argument(
-        "--set", nargs="+", type=option, help="arguments of the callbacks, such as scope=layer"
+        "--set", nargs="+", type=option, help="arguments of the callbacks, such as scope=layer until=0.2"
     )
     parser.add_argument("--train", nargs="+", type=option, help="fields of the recipe: lr=0.01 teach=0.5")
     parser.add_argument("--choose", action="store_true", help="measure on a part of the training set instead")
