@@ -5,22 +5,19 @@ The rounding is in `lightning_prune.deploy.fake_quant`.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_prune._lightning import Callback, LightningModule, Trainer, namespace_of
 from lightning_prune.callbacks import _clock, _quantization_table
 from lightning_prune.callbacks._inputs import observed_call
-from lightning_prune.callbacks.edge_export import EdgeExport
+from lightning_prune.callbacks._quantization_checks import OWNER, check_strategy, exported_root
+from lightning_prune.callbacks._rounding import Rounding
 from lightning_prune.deploy.calls import submodule
 from lightning_prune.deploy.fake_quant import grid_of
 from lightning_prune.deploy.fake_quant_network import FakeQuantized
@@ -28,10 +25,8 @@ from lightning_prune.deploy.fake_quant_ranges import Ranges
 from lightning_prune.deploy.quantize import TARGETS
 from lightning_prune.errors import (
     CheckpointError,
-    CompatibilityError,
     ConfigurationError,
     ScheduleError,
-    StrategyError,
     TracingError,
     near_matches,
 )
@@ -39,11 +34,8 @@ from lightning_prune.schedules import Schedule, Timeline
 from lightning_prune.selection import match_names
 
 _PLAIN = ("begin", "unit", "target", "ranges", "batch_norm", "per_channel")
-_OWNER = "QuantizationAwareTraining"
 _RANGES = ("observed", "learned")
 _NORMS = ("fold", "freeze")
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step", "backward")
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -101,7 +93,7 @@ class QuantizationAwareTraining(Callback):
                 "one_shot", begin=begin, unit=unit, interval="step" if unit == "step" else "epoch"
             )
         except ScheduleError as error:
-            raise ScheduleError(str(error).replace("Schedule:", f"{_OWNER}:", 1)) from None
+            raise ScheduleError(str(error).replace("Schedule:", f"{OWNER}:", 1)) from None
         for name, value, known in (
             ("target", target, TARGETS),
             ("ranges", ranges, _RANGES),
@@ -109,9 +101,9 @@ class QuantizationAwareTraining(Callback):
         ):
             if value not in known:
                 expected, remedy = "one of " + ", ".join(known), near_matches(str(value), known).rstrip(".?")
-                raise ConfigurationError.of(_OWNER, name, expected, value, remedy)
+                raise ConfigurationError.of(OWNER, name, expected, value, remedy)
         if not isinstance(per_channel, bool):
-            raise ConfigurationError.of(_OWNER, "per_channel", "true or false", per_channel)
+            raise ConfigurationError.of(OWNER, "per_channel", "true or false", per_channel)
         self.begin = begin
         self.unit = unit
         self.target = target
@@ -131,18 +123,17 @@ class QuantizationAwareTraining(Callback):
         self._floating: dict[str, str] = {}
         self._timeline: Timeline | None = None
         self._owner: weakref.ref[nn.Module] | None = None
-        self._frozen: list[nn.Module] = []
-        self._stance: Any = None
         self._agreed: Any = None
         self._log_due = True
         grid = grid_of(self.target, self.per_channel)
         self._network = FakeQuantized(
             grid, Ranges(grid, self.ranges == "learned"), self.module or "", self.include, self.exclude
         )
+        self._rounding = Rounding(self._network)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
-        return {**self.__dict__, "_owner": None, "_frozen": [], "_stance": None, "_agreed": None}
+        return {**self.__dict__, "_owner": None, "_agreed": None}
 
     @property
     def began(self) -> bool:
@@ -178,7 +169,7 @@ class QuantizationAwareTraining(Callback):
             was = state_dict.get(name, True)
             if state_dict["began"] is not None and was != mine:
                 raise CheckpointError(
-                    f"{_OWNER}: the checkpoint was trained with {name}={was!r}, and now it is "
+                    f"{OWNER}: the checkpoint was trained with {name}={was!r}, and now it is "
                     f"{mine!r}; write what it was, or start from the weights alone."
                 )
         self._began = None if state_dict["began"] is None else dict(state_dict["began"])
@@ -196,7 +187,7 @@ class QuantizationAwareTraining(Callback):
         """
         config = {name: getattr(self, name) for name in _PLAIN}
         return {
-            "callback": _OWNER,
+            "callback": OWNER,
             "config": {**config, "include": list(self.include), "exclude": list(self.exclude)},
             "began": None if self._began is None else dict(self._began),
             "layers": [dict(row) for row in self._table],
@@ -212,67 +203,38 @@ class QuantizationAwareTraining(Callback):
         if self._owner is not None and self._owner() is not pl_module:
             self._reset()
         self._owner = weakref.ref(pl_module)
-        strategy = type(trainer.strategy).__name__
-        if strategy not in _STRATEGIES or "MultiProcessing" in type(trainer.strategy.launcher).__name__:
-            raise StrategyError(
-                f"{_OWNER}: {strategy} is not supported as it is used here: ranges and weights must be whole "
-                "on every process, and come back from it. Use one device, or strategy='ddp' without spawn."
-            )
-        self._network.root = self._root(trainer)
-
-    def _root(self, trainer: Trainer) -> str:
-        """Return the name of the network that is exported, and hold the exporter to what is trained."""
-        root = self.module
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(other, EdgeExport):
-                continue
-            root = other.module if root is None else root
-            if (root or "") != (other.module or ""):
-                expected = f"what EdgeExport exports ({other.module!r})"
-                raise ConfigurationError.of(_OWNER, "module", expected, self.module)
-            if other.onnx.legacy:
-                raise ConfigurationError.of(
-                    "EdgeExport", "onnx", f"without legacy=True beside {_OWNER}", other.onnx
-                )
-            wanted = other.quantize
-            if wanted is not None and (
-                wanted.mode != "static" or grid_of(wanted.target, wanted.per_channel) != self._network.grid
-            ):
-                weights = "" if self.per_channel else ", per_channel=False"
-                expected = f"static and for {self.target!r}{weights}, as {_OWNER} trains"
-                remedy = f"write Quantize(target={self.target!r}{weights})"
-                raise ConfigurationError.of("EdgeExport", "quantize", expected, wanted, remedy)
-        return root or ""
+        check_strategy(trainer)
+        self._network.root = exported_root(trainer, self.module, self.target, self.per_channel)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan, and look the layers up, now that `configure_model` has made every one."""
         root = self._network.root
-        network = submodule(pl_module, root, _OWNER)
+        network = submodule(pl_module, root, OWNER)
         names = [f"{root}.{name}".strip(".") for name, m in network.named_modules() if isinstance(m, _LAYERS)]
         if names:
-            match_names(names, self.include, self.exclude, _OWNER)
+            match_names(names, self.include, self.exclude, OWNER)
         self._timeline = _clock.plan(trainer, pl_module, self._schedule)
         self._log_due = True
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Round if it had begun before; a resumed fit with nothing left to do gets no further than this."""
         if self.began:
-            self._start(pl_module)
+            self._rounding.start(pl_module)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module back, until the training starts."""
-        self._stop()
+        self._rounding.stop()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on rounding if it had begun before; else make sure that the steps call the network."""
         if self.began:
-            self._start(pl_module)
+            self._rounding.start(pl_module)
         elif trainer.is_global_zero:
             root = self._network.root
             if observed_call(trainer, pl_module, root) is None:
                 what = f"the submodule {root!r}" if root else "the module itself"
                 raise TracingError(
-                    f"{_OWNER}: the steps never call {what}; name what they call with module='...'."
+                    f"{OWNER}: the steps never call {what}; name what they call with module='...'."
                 )
 
     # ------------------------------------------------------------------ training
@@ -292,7 +254,7 @@ class QuantizationAwareTraining(Callback):
         """Begin if this is the step, and show it in the progress bar."""
         self._advance(trainer, pl_module)
         if self.began and self.batch_norm == "freeze":
-            self._freeze(pl_module)
+            self._rounding.freeze(pl_module)
         if self._log_due:
             self._log_due = False
             pl_module.log("quantized", float(self.began), on_step=True, on_epoch=False, prog_bar=True)
@@ -321,14 +283,14 @@ class QuantizationAwareTraining(Callback):
         first = trainer.strategy.broadcast(points)
         if not trainer.strategy.reduce_boolean_decision(first == points):
             raise TracingError(
-                f"{_OWNER}: the processes run different networks, whose ranges cannot be averaged."
+                f"{OWNER}: the processes run different networks, whose ranges cannot be averaged."
             )
         plan = self._network.plan
         assert plan is not None
         self._floating = dict(plan.floating)
         if not plan.layers:
             why = "; ".join(f"{name}: {reason}" for name, reason in plan.floating.items())
-            raise TracingError(f"{_OWNER}: there is no layer to quantize. {why}")
+            raise TracingError(f"{OWNER}: there is no layer to quantize. {why}")
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.began or self._timeline is None:
@@ -336,50 +298,29 @@ class QuantizationAwareTraining(Callback):
         if self._timeline.level_at(_clock.now(trainer, pl_module, self._timeline.interval)) > 0:
             self._began = {"epoch": trainer.current_epoch, "step": trainer.global_step}
             self._log_due = True
-            self._start(pl_module)
-
-    def _start(self, pl_module: LightningModule) -> None:
-        if "torch._dynamo" in sys.modules and self._stance is None:
-            # Rounding happens between the functions that a compiled network no longer calls one by one.
-            self._stance = torch.compiler.set_stance("force_eager")
-        self._network.attach(pl_module, partial(in_step, pl_module))
-
-    def _stop(self) -> None:
-        self._network.detach()
-        for norm in self._frozen:
-            norm.training = True
-        self._frozen = []
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
-
-    def _freeze(self, pl_module: LightningModule) -> None:
-        for norm in submodule(pl_module, self._network.root).modules():
-            if isinstance(norm, _BatchNorm) and norm.training:
-                norm.training = False
-                self._frozen.append(norm)
+            self._rounding.start(pl_module)
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:
         """Look at the network anew: its layers have other widths, or are gone."""
         if self._network.attached:
-            self._start(pl_module)
+            self._rounding.start(pl_module)
 
     def on_rollback(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do as an earlier state says, which has just been loaded."""
-        self._stop()
+        self._rounding.stop()
         if self.began:
-            self._start(pl_module)
+            self._rounding.start(pl_module)
 
     # ------------------------------------------------------------------ the end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module back as a plain one."""
         self._take_stock()
-        self._stop()
+        self._rounding.stop()
         if not self.began and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             tools = import_module(f"{namespace_of(pl_module)}.utilities.rank_zero")
             tools.rank_zero_warn(
-                f"{_OWNER} never began: the training ended before {self.unit} {self.begin:g}. The file is "
+                f"{OWNER} never began: the training ended before {self.unit} {self.begin:g}. The file is "
                 "quantized after training. AfterPruning() keeps EarlyStopping from stopping before."
             )
 
@@ -410,37 +351,23 @@ class QuantizationAwareTraining(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Round outside a fit as well."""
         if trainer.state.fn != "fit" and self.began:
-            self._start(pl_module)
+            self._rounding.start(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module back."""
         if trainer.state.fn != "fit":
-            self._stop()
+            self._rounding.stop()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
-        self._stop()
+        self._rounding.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; Lightning calls no teardown after an exception."""
-        self._stop()
-
-
-def in_step(pl_module: LightningModule) -> bool:
-    """Tell whether a step of the module runs: other callbacks look at the plain network.
-
-    Raises:
-        CompatibilityError: Lightning no longer says which of its hooks runs.
-    """
-    # Private to Lightning, and what `self.log` itself goes by; backward counts for activation checkpointing.
-    if not hasattr(pl_module, "_current_fx_name"):
-        raise CompatibilityError(
-            "LightningModule has no `_current_fx_name`; this Lightning is not supported."
-        )
-    return pl_module._current_fx_name in _STEPS
+        self._rounding.stop()
 
 
 def _mean(trainer: Trainer, tensor: Tensor) -> Tensor:

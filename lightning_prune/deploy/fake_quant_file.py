@@ -270,4 +270,5 @@ def _offset(norm: Node, factor: Tensor, bias: Tensor | None) -> Tensor:
     """Return a batch norm's offset, with the bias in front of it."""
     mean, offset = argument(*norm.call, 1, "running_mean"), argument(*norm.call, 4, "bias")
     shift = -mean.detach().float() if bias is None else bias - mean.detach().float()
-    return shift * factor + (0.0 if offset is None else offset.detach().float())
+    result: Tensor = shift * factor
+    return result if offset is None else result + offset.detach().float()
