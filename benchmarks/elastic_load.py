@@ -1,6 +1,6 @@
 """Deadlines under a competing load, with and without switching: `python benchmarks/elastic_load.py`.
 
-One fit on scikit-learn's digits leaves a family of networks (`ElasticFamily`). Then batches of pictures come
+Takes about four minutes. One fit on scikit-learn's digits leaves a family of networks (`ElasticFamily`). Then batches of pictures come
 at a fixed rate to one core, on which after a while other processes work too, and stop again. Served are, each
 in its own pass over the same schedule: the most costly file that is worth having, the least costly, and
 `ElasticSession`. A batch that is not done within the deadline of its arrival has missed it; the accuracy is
@@ -97,10 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", type=Path, help="an elastic export to serve, instead of training one")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--family", type=Path, help="where the elastic export is; trained if it is not there")
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=32, help="pictures in a batch")
-    parser.add_argument("--seconds", type=float, default=15.0, help="length of the quiet times")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of the quiet times")
     parser.add_argument("--others", type=int, default=2, help="processes that compete for the core")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -109,7 +109,7 @@ def main() -> None:
     config = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = config.family or Path(scratch)
-        if config.family is None:
+        if not (folder / "elastic.json").exists():
             train(folder, config.epochs)
         measure(folder, config)
 
