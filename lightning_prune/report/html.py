@@ -15,6 +15,7 @@ from lightning_prune.report.measures import column_rows, missing, rows
 from lightning_prune.report.observations import faster, remarks
 from lightning_prune.report.pareto import front
 from lightning_prune.report.protocol import profile_sentence
+from lightning_prune.report.replaced import replaced
 from lightning_prune.report.results import Report, Variant
 from lightning_prune.report.search import TITLE, searches
 from lightning_prune.report.surroundings import environment_rows
@@ -170,6 +171,7 @@ def _context(report: Report) -> dict[str, Any]:
         "size_bars": charts.size_bars(report),
         "operator_bars": charts.operator_bars(report),
         "layers": layer_table(report),
+        "replaced": replaced(report),
         "panels": panels,
         "epoch_ticks": epoch_ticks,
         "environment": environment_rows(report),

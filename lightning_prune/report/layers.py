@@ -56,11 +56,14 @@ def summaries(report: Report) -> Iterator[Mapping[str, Any]]:
 def layer_table(report: Report) -> tuple[Layer, ...]:
     """Return the layers that the callbacks name, each once, in the order of the longest list.
 
-    A weight `conv1.weight` and a layer `conv1` are the same line.
+    A weight `conv1.weight` and a layer `conv1` are the same line. Layers that became products have a table of
+    their own, see `replaced`.
     """
     found: dict[str, Layer] = {}
     for summary in sorted(summaries(report), key=lambda item: -len(item.get("layers") or ())):
         for entry in summary.get("layers") or ():
+            if entry.get("ranks"):
+                continue
             name = str(entry.get("name", "")).removesuffix(".weight")
             layer = found.get(name, Layer(name))
             if _number(entry.get("channels_before")) and _number(entry.get("channels_after")) is not None:

@@ -12,6 +12,7 @@ from lightning_prune.report.layers import layer_table
 from lightning_prune.report.measures import Row, column_rows, missing, rows
 from lightning_prune.report.observations import remarks
 from lightning_prune.report.protocol import profile_sentence
+from lightning_prune.report.replaced import replaced
 from lightning_prune.report.results import Interval, Report
 from lightning_prune.report.search import TITLE, searches
 from lightning_prune.report.surroundings import environment_rows
@@ -48,6 +49,8 @@ def render_markdown(report: Report) -> str:
     parts.extend(_operators(report))
     parts.extend(_columns(report))
     parts.extend(_layers(report))
+    for item in replaced(report):
+        parts += [f"## {escape(item.title)}", table(item.header, item.lines, right=True)]
     parts.append("## Environment")
     parts.append(table(["", ""], environment_rows(report)))
     return "\n\n".join(part for part in parts if part) + "\n"

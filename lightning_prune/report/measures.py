@@ -99,8 +99,21 @@ def rows(report: Report) -> tuple[Row, ...]:
     """Return every measure with its value and its comparison to the baseline, for every variant."""
     base = report.baseline
     found = [Row(m, tuple(cell(m, v, base) for v in report.variants)) for m in measures(report)]
-    throughput = _throughput(report)
-    return (*found, throughput) if throughput else tuple(found)
+    return (*found, *(row for row in (_throughput(report), _parity(report)) if row))
+
+
+def _parity(report: Report) -> Row | None:
+    """Return how far each file is from PyTorch on real inputs, relative to the output's largest value."""
+    known = [dict(v.parity or {}) for v in report.variants]
+    if not any(item.get("max_rel") is not None for item in known):
+        return None
+    cells = []
+    for item in known:
+        alike = item.get("rows")
+        off = item.get("max_rel")
+        shown = DASH if off is None else f"{off:.1e}"
+        cells.append(Cell(shown, f"{alike['matched']} of {alike['of']} detections" if alike else ""))
+    return Row(Measure("parity.max_rel", "Off PyTorch by", _none, text.digits), tuple(cells))
 
 
 def _throughput(report: Report) -> Row | None:
