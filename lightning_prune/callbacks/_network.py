@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_prune._lightning import NAMESPACES, LightningModule, Trainer
 from lightning_prune.callbacks._inputs import example_inputs, observed_call
+from lightning_prune.cost import copied
 from lightning_prune.errors import TracingError
 from lightning_prune.structure.costs import Example
+from lightning_prune.structure.modes import running
 
 MAKERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The kinds of layers that make channels."""
@@ -58,7 +61,7 @@ def find(
         TracingError: There are no inputs to be found.
     """
     if explicit is not None or has_forward(pl_module):
-        return None, example(*example_inputs(trainer, pl_module, None, explicit))
+        return None, _that_runs(pl_module, *example_inputs(trainer, pl_module, None, explicit))
     calls: dict[str, Any] = {}
     for name, child in pl_module.named_children():
         if any(isinstance(layer, MAKERS) for layer in child.modules()):
@@ -70,7 +73,26 @@ def find(
             f"{owner}: {type(pl_module).__name__} has no `forward`, and its steps call none of its networks; "
             "define `forward`, or pass `example_input`."
         )
-    return calls, example((calls,), {})
+    return calls, _that_runs(traced(pl_module, calls), (calls,), {})
+
+
+def _that_runs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
+    """One and two samples of a batch; all of it if the network wants as many, such as nodes of one graph."""
+    few = example(args, kwargs)
+    whole = Example(args, kwargs, (args, kwargs))
+    fits = all(_runs(network, *call) for call in ((few.args, few.kwargs), few.single))
+    return few if fits or not _runs(network, args, kwargs) else whole
+
+
+def _runs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    copy = copied(network, {id(parameter): parameter for parameter in network.parameters()})
+    devices = range(torch.cuda.device_count())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), running(copy, training=False):
+            copy(*args, **kwargs)
+    except Exception:  # noqa: BLE001 - that is what is asked; what tracing says of it is clearer
+        return False
+    return True
 
 
 def has_forward(pl_module: LightningModule) -> bool:

@@ -24,6 +24,14 @@ class StructureCallback(Callback):
     """
 
     _left: Fractions
+    include: list[str]
+    exclude: list[str]
+
+    @property
+    def state_key(self) -> str:
+        """What tells two instances apart in a checkpoint: the layers that they select."""
+        key: str = self._generate_state_key(include=self.include, exclude=self.exclude)
+        return key
 
     def _reset(self) -> None:
         """Forget the last module; to be extended."""
@@ -51,14 +59,20 @@ class StructureCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change layers if an event falls on this epoch, and log for those who monitor."""
         self._advance(trainer, pl_module)
-        self._left.on_epoch(pl_module)
+        if self._speaks(trainer):
+            self._left.on_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Change layers if an event falls on this step, and show in the progress bar what is left."""
         self._advance(trainer, pl_module)
-        self._left.on_batch(pl_module)
+        if self._speaks(trainer):
+            self._left.on_batch(pl_module)
+
+    def _speaks(self, trainer: Trainer) -> bool:
+        """Whether it is for this one to log: several of a kind have one network, and the last sees it cut."""
+        return [c for c in trainer.callbacks if type(c) is type(self)][-1] is self  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind on a module that is as it was."""

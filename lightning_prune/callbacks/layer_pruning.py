@@ -129,11 +129,6 @@ class LayerPruning(StructureCallback):
         self._left = Fractions("blocks")
 
     @property
-    def state_key(self) -> str:
-        """What tells two instances apart in a checkpoint: the blocks they select."""
-        return self._generate_state_key(include=self.include, exclude=self.exclude)
-
-    @property
     def level(self) -> float:
         """The level in force, 0 to 1: the part of the way to the budget."""
         return self._level

@@ -135,6 +135,7 @@ class StructuralPruning(StructureCallback):
         self._left = Fractions(self.budget.kind)
         self._widths: dict[str, int] = {}
         self._groups: list[Group] = []
+        self._cutting = False
         self._learning = Learning(self.importance, self.regularization)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,9 +267,13 @@ class StructuralPruning(StructureCallback):
             self._learning.press(min(1.0, (time + 1) / (self._timeline.end + 1)), optimizer)
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
-        """See the network anew when other layers have taken the place of some."""
-        if change.removed and self._example is not None:
-            self._learning.evidence = Evidence()
+        """See the network anew when another callback has changed its layers."""
+        if self._cutting or self._example is None:
+            return
+        self._learning.evidence = Evidence()
+        if not change.removed:
+            self._look_again(pl_module)
+        else:
             if self._watch.table is not None:  # it has no times of the new layers
                 network = _network.traced(pl_module, self._calls)
                 groups = survey(network, self._example, self._choose)
@@ -318,17 +323,25 @@ class StructuralPruning(StructureCallback):
         network = _network.traced(pl_module, self._calls)
         if change:
             emit(trainer, "on_before_pruning", pl_module)
+            self._cutting = True
             follow(trainer, pl_module, change)
+            self._cutting = False
             if self.recalibrate:
                 recalibrate_norms(trainer, pl_module, network, self._calls, self.recalibrate)
-        proven = {group.name: group.reason for group in self._groups}
-        self._take_stock(network, survey(network, self._example, self._choose, proven))
+        self._look_again(pl_module)
         achieved, target = self._left.values[self.budget.kind], self.recipe.budget.fraction_at(level)
         entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         entry |= {"level": level, "target": target, "achieved": achieved}
         if self._watch.table is not None:
             entry |= self._watch.outcome(trainer, pl_module, network, self._example)
         self._history.append(entry)
+
+    def _look_again(self, pl_module: LightningModule) -> None:
+        """Take up the same network, some of its layers narrower: what was proven of it holds."""
+        assert self._example is not None
+        network = _network.traced(pl_module, self._calls)
+        proven = {group.name: group.reason for group in self._groups}
+        self._take_stock(network, survey(network, self._example, self._choose, proven))
         self._left.due = True
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, level: float) -> Change:

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from structural_cases import Net, assert_equal_state, macs
+from structural_cases import Net, assert_equal_state, fitted, macs
 
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.loading import load_pruned
@@ -151,3 +151,40 @@ def test_the_module_itself_is_not_replaced(tmp_path):
     assert [id(m) for m in net.modules()] == layers
     assert [id(p) for p in net.parameters()] == parameters
     assert list(net.state_dict()) == list(dense.state_dict())
+
+
+def test_two_of_them_prune_parts_of_their_own_and_resume(tmp_path):
+    def callbacks():
+        stem = StructuralPruning(
+            Budget(params=0.85),
+            include=["stem*", "b*"],
+            schedule=Schedule("linear", 0, 2, unit="epoch"),
+            round_to=1,
+        )
+        inner = StructuralPruning(
+            Budget(macs=0.4), include=["a.*"], schedule=Schedule("linear", 1, 3, unit="epoch"), round_to=1
+        )
+        return [stem, inner]
+
+    net, _, both = fitted(tmp_path, Net(), callbacks(), None)
+    assert net.stem[0].out_channels == net.b[0].out_channels < 16
+    assert net.a[0].out_channels < 24
+    assert macs(net) <= 0.4 * macs(Net())
+    assert both[0]._left.values == both[1]._left.values
+    again, _, _ = fitted(tmp_path, Net(seed=1), callbacks(), tmp_path / "epoch=1.ckpt")
+    assert_equal_state(net.state_dict(), again.state_dict())
+
+
+class OneGraph(Net):
+    """A network for as many samples as it has nodes, no more and no less."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        return torch.softmax(torch.ones(8, 8), -1).to(x) @ x
+
+
+def test_a_network_that_takes_whole_batches_only_is_pruned_with_one(tmp_path):
+    net = OneGraph()
+    dense = net.stem[0].out_channels
+    trainer(tmp_path, pruning(), max_epochs=3).fit(net, data(), data())
+    assert net.stem[0].out_channels < dense
