@@ -317,3 +317,14 @@ def test_other_callbacks_wait_for_it(tmp_path):
     fit(tmp_path, first, epochs=4)
     assert first.pruning_finished
     assert np.isfinite(first.quantization_summary()["layers"][0]["high"])
+
+
+def test_the_example_is_configured_right_and_asks_for_its_data(tmp_path):
+    config = Path(__file__).parents[2] / "examples" / "qat" / "config.yaml"
+    env = {name: value for name, value in os.environ.items() if name != "LIGHTNING_PRUNE_DATA"}
+    command = [sys.executable, "-m", "lightning_prune", "fit", "--config", str(config)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 1
+    assert "where is the data? give --data-root or set LIGHTNING_PRUNE_DATA" in done.stderr
