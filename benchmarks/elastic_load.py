@@ -1,10 +1,10 @@
 """Deadlines under a competing load, with and without switching: `python benchmarks/elastic_load.py`.
 
-Takes about four minutes. One fit on scikit-learn's digits leaves a family of networks (`ElasticFamily`). Then batches of pictures come
-at a fixed rate to one core, on which after a while other processes work too, and stop again. Served are, each
-in its own pass over the same schedule: the most costly file that is worth having, the least costly, and
-`ElasticSession`. A batch that is not done within the deadline of its arrival has missed it; the accuracy is
-that of the file that served it.
+Takes about four minutes. One fit on scikit-learn's digits leaves a family of networks (`ElasticFamily`).
+Then batches of pictures come at a fixed rate to one core, on which after a while other processes work too,
+and stop again. Served are, each in its own pass over the same schedule: the most costly file that is worth
+having, the least costly, and `ElasticSession`. A batch that is not done within the deadline of its arrival
+has missed it; the accuracy is that of the file that served it.
 """
 
 from __future__ import annotations

@@ -122,6 +122,8 @@ class Stopwatch:
         if self._file is not None and self._file.exists():
             there = measuring.described(self.target)
             return LatencyTable.from_plain(measuring.read_table(self._file, key, there))
+        if self._file is not None:
+            measuring.check_place(self._file)
         times, pace, named = measuring.measure_layers(layers, varying, self.target, pace)
         layer_times = {name: LayerTimes(**found) for name, found in times.items()}
         table = LatencyTable(layer_times, [], named, pace, {}, key)

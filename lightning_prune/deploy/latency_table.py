@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_prune.cost import copied
-from lightning_prune.deploy.files import write_whole
+from lightning_prune.deploy.files import cannot_write, write_whole
 from lightning_prune.deploy.interface import Interface
 from lightning_prune.deploy.layer_files import PARTS, Layer, grid, layer_file
 from lightning_prune.deploy.onnx import Onnx, export_onnx
@@ -166,6 +166,20 @@ def _to_cpu(inputs: Any) -> Any:
     return tree_map_only(Tensor, moved, inputs)
 
 
+def check_place(path: str | Path) -> None:
+    """Make sure that a table can be written, before minutes go into measuring it.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    folder = Path(path).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
 def write_table(path: str | Path, table: Mapping[str, Any]) -> None:
     """Keep a table for the next training of the same network on the same target."""
     write_whole(path, json.dumps({"schema": SCHEMA, **table}, indent=1).encode())
@@ -196,7 +210,7 @@ def read_table(path: str | Path, network: str, target: str) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         found = (data["schema"], data["network"], data["target"])
-        table = {key: data[key] for key in _KEYS}
+        table = {key: data[key] for key in _KEYS if found[0] == SCHEMA}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"latency_table: {Path(path).name} is no table: {error!r}; {remedy}."

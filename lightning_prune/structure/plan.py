@@ -253,6 +253,7 @@ def _unreachable(recipe: Recipe, dense: Dense, groups: Sequence[Group], smallest
     reachable = f"{smallest / dense.costs[kind]:.3f}"
     if kind == "latency":
         reachable += f" ({smallest:.3g} of {dense.costs[kind]:.3g} ms)"
+        limits += "; what is no convolution or linear layer takes its time as well"
     return BudgetError(
         f"StructuralPruning: `budget` asks for {recipe.budget.fraction:g} of the dense {_AMOUNTS[kind]}, but "
         f"the smallest reachable is {reachable}. It is limited by {limits}. "
