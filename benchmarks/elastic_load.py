@@ -99,7 +99,7 @@ def main() -> None:
     )
     parser.add_argument("--family", type=Path, help="where the elastic export is; trained if it is not there")
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=32, help="pictures in a batch")
+    parser.add_argument("--batch", type=int, default=512, help="pictures in a batch")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of the quiet times")
     parser.add_argument("--others", type=int, default=2, help="processes that compete for the core")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)))
