@@ -43,6 +43,7 @@ class Case:
     """A network, its data and the integers it is to run in.
 
     Attributes:
+        title: What it is, and what judges.
         network: Makes it.
         weights: Its published weights.
         read: Reads what is trained on (before augmentation), and what judges.
@@ -54,6 +55,7 @@ class Case:
         lr: The highest learning rate of AdamW, which falls to 0 on a cosine.
     """
 
+    title: str
     network: Callable[[], nn.Module]
     weights: str
     read: Callable[[Path | None], tuple[Split, Split]]
@@ -77,10 +79,12 @@ def _keywords(root: Path | None) -> tuple[Split, Split]:
 
 CASES = {
     "pictures": Case(
+        "MLPerf Tiny ResNet-8, CIFAR-10, 10,000 test pictures",
         networks.TinyResNet8, "mlperf_tiny_resnet8_cifar10", _pictures, Tensor.float, data.pictures(4),
         "x86-avx2", samples=12_800, epochs=1,
     ),
     "keywords": Case(
+        "MLPerf Tiny DS-CNN, Speech Commands, 1,829 clips of other speakers",
         networks.TinyKeywords, "mlperf_tiny_dscnn_kws", _keywords, None, data.signals(3, 0.0, axis=2),
         "npu-s8s8", samples=2_880, epochs=4,
     ),
@@ -180,9 +184,9 @@ def describe(found: list[dict]) -> dict[str, Any]:
 def summaries(found: list[dict]) -> list[str]:
     """Lay out all cases, and say what the numbers do not show."""
     text = [
-        "Accuracy in percent of files run by ONNX Runtime, on 10,000 test pictures and on 1,829 clips of",
-        "other speakers; one step for a whole weight, but for the column that says per channel. Learning",
-        "rate, epochs and samples were set once and not tuned. Of six networks and three targets the case",
+        "Accuracy in percent of files run by ONNX Runtime on test data, with one step for a whole weight but",
+        "for the column that says per channel, where every channel has its own. Learning rate, epochs and",
+        "samples were set once and not tuned. Of six networks and three targets the case",
         "`pictures` was chosen because quantizing lost most there (by the published weights, on 4,000 of the",
         "test pictures); the others lost 0 to 1 point. With a step per channel there is little to win back.",
         "",
@@ -196,7 +200,7 @@ def summary(case: str, found: list[dict]) -> list[str]:
     """Lay out the numbers of a case, and what they come to."""
     head = ["seed", "tuned, float", "after: minmax", "after: percentile", "after: per channel", "trained for"]
     rows = [[row["seed"], *(f"{100 * row[kind]:.2f}" for kind in KINDS)] for row in found]
-    text = [f"## {case}: {CASES[case].target}", "", *table(head, rows), ""]
+    text = [f"## {CASES[case].title}: {CASES[case].target}", "", *table(head, rows), ""]
     better = [max(row["minmax"], row["percentile"]) for row in found]
     told = (
         ("Lost by quantizing afterwards (the better of minmax and percentile)", "float", better),

@@ -35,10 +35,10 @@ class Kill(Callback):
 
 def callbacks(ranges: str):
     """Masks and channels go while the network is trained in 8 bits already."""
-    freeze = "freeze" if ranges == "learned" else "fold"
-    late = Schedule("linear", begin=0.4, end=0.7)
+    learned = ranges == "learned"
+    norms, late = "freeze" if learned else "fold", Schedule("linear", begin=0.4, end=0.7)
     return [
-        QuantizationAwareTraining(0.3, ranges=ranges, batch_norm=freeze),
+        QuantizationAwareTraining(0.3, ranges=ranges, batch_norm=norms, per_channel=learned),
         StructuralPruning(Budget(macs=0.7), schedule=late, round_to=4),
         MagnitudePruning(0.5, schedule=late),
     ]
