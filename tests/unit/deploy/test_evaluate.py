@@ -8,12 +8,13 @@ import onnxruntime
 import pytest
 import pytorch_lightning
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, ConfusionMatrix
 
 from lightning_prune.deploy.calls import submodule
-from lightning_prune.deploy.evaluate import evaluate_file
+from lightning_prune.deploy.evaluate import evaluate_file, ready
 from lightning_prune.deploy.onnx import export_onnx
 from lightning_prune.errors import EvaluationError
 
@@ -181,3 +182,17 @@ def test_nothing_is_printed_or_warned_about(tmp_path, capfd):
     evaluate_file(net, file, loader())
     assert capfd.readouterr() == ("", "")
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_a_prepared_datamodule_makes_one_process_wait_for_no_other():
+    """Around a `prepare_data` of the user's Lightning builds a process group, which needs all ranks."""
+
+    class Data(pytorch_lightning.LightningDataModule):
+        def prepare_data(self):
+            raise AssertionError("it was prepared before")
+
+    assert is_overridden("prepare_data", Data())
+    twin = ready(Data(), "loaders")
+    assert not is_overridden("prepare_data", twin)
+    assert twin.val_dataloader() == "loaders"
+    twin.prepare_data()
