@@ -135,7 +135,7 @@ def base_network(task: Task, name: str, seed: int, arguments: argparse.Namespace
     if not task.base:
         return network
     kind = "choose" if arguments.choose else "final"
-    folder = arguments.work / name / f"base-{kind}-{seed}"
+    folder = folder_of(name, arguments) / f"base-{kind}-{seed}"
     done = folder / "weights.pt"
     if not done.exists():
         recipe = replace(task.recipe, lr=task.base_lr, teach=0.0)
@@ -161,9 +161,10 @@ def fit(
 def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make one network, train it, export it, and say what the files are worth."""
     task = TASKS[name]
-    task = replace(task, recipe=replace(task.recipe, **dict(arguments.train or [])))
+    base = task.base if arguments.base is None else arguments.base
+    task = replace(task, base=base, recipe=replace(task.recipe, **dict(arguments.train or [])))
     parts = task.read(arguments.data_root)
-    folder = arguments.work / name / run_name(method, seed, arguments)
+    folder = folder_of(name, arguments) / run_name(method, seed, arguments)
     seed_everything(seed, verbose=False)
     dense = base_network(task, name, seed, arguments, parts)
     network = copy.deepcopy(dense)
@@ -208,6 +209,12 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     return found
 
 
+def folder_of(name: str, arguments: argparse.Namespace) -> Path:
+    """Say where a task's runs are; those after another first training are apart."""
+    base = "" if arguments.base is None else f"-base{arguments.base}"
+    return Path(arguments.work / f"{name}{base}")
+
+
 def run_name(method: str, seed: int, arguments: argparse.Namespace) -> str:
     """Name a run after all that it depends on."""
     parts = [method, "choose" if arguments.choose else "final"]
@@ -241,7 +248,7 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
     """Make the table of all finished runs."""
     kind = "choose" if arguments.choose else "final"
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((arguments.work / name).glob(f"*_{kind}*/result.json")):
+    for path in sorted(folder_of(name, arguments).glob(f"*_{kind}*/result.json")):
         title = title_of(path.parent.name.rpartition("_seed")[0].replace(f"_{kind}", ""))
         found.setdefault(title, []).append(json.loads(path.read_text(encoding="utf-8")))
     dense = found.get("dense", [None])[0]
@@ -280,6 +287,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the MACs that may remain")
     parser.add_argument("--zeros", type=float, default=0.8, help="fraction of zeros among the weights")
     parser.add_argument("--epochs", type=int, help="default: the task's own number")
+    parser.add_argument("--base", type=int, help="epochs of a first training, where no weights are published")
     parser.add_argument(
         "--set", nargs="+", type=option, help="arguments of the callbacks, such as scope=layer until=0.2"
     )
@@ -297,7 +305,7 @@ def main() -> None:
     attempt: Callable[..., dict[str, Any]] = run
     for method in arguments.methods:
         for seed in arguments.seeds:
-            done = arguments.work / arguments.task / run_name(method, seed, arguments) / "result.json"
+            done = folder_of(arguments.task, arguments) / run_name(method, seed, arguments) / "result.json"
             if not done.exists():
                 found = attempt(arguments.task, method, seed, arguments)
                 done.parent.mkdir(parents=True, exist_ok=True)

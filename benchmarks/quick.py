@@ -24,7 +24,7 @@ NOTE = (
 )
 QUICK = (
     (DATA, "accuracy.py keywords --epochs 8 --methods dense tuned structural magnitude joint torch-pruning"),
-    (DATA, "accuracy.py motion_cnn --epochs 5 --methods dense structural joint ModelPruning"),
+    (DATA, "accuracy.py motion_cnn --base 5 --epochs 5 --methods dense structural joint ModelPruning"),
     (WORK, "latency.py --networks dscnn_keywords resnet8_tiny resnet56_cifar --seconds 10"),
     (WORK, "latency.py --networks dscnn_keywords resnet8_tiny --seconds 10 --engine openvino"),
     ("", "magnitude_cost.py update --sizes 1e6 --rounds 3"),
