@@ -16,7 +16,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from lightning_prune.structure.provenance import Record
+from lightning_prune.structure.record import Record
 from lightning_prune.structure.sizes import Attribute, Demand, Expression, Extent, Formula
 
 _TIED = "its channels are tied to others that cannot shrink in step"

@@ -18,15 +18,13 @@ from lightning_prune.structure.groups import Group
 from lightning_prune.structure.layers import is_layer
 from lightning_prune.structure.modes import running
 from lightning_prune.structure.provenance import (
-    DATA,
     Follower,
-    Labels,
-    Record,
     align_recurrent,
     hook_bare_norms,
     hooks_aside,
     label,
 )
+from lightning_prune.structure.record import DATA, Labels, Record
 from lightning_prune.structure.rules import RULES, other
 from lightning_prune.structure.sizes import Watcher, numbered
 

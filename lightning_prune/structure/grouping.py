@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.structure.demands import settle
 from lightning_prune.structure.groups import Group, Member
-from lightning_prune.structure.provenance import Owner, Record, classes, connected
+from lightning_prune.structure.record import Owner, Record, classes, connected
 
 OUTPUT = "its channels are an output of the network"
 

@@ -9,15 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_prune.structure.provenance import (
-    DATA,
-    PARAMETER,
-    WILD,
-    Follower,
-    shape_at,
-    tensors_in,
-    varying,
-)
+from lightning_prune.structure.provenance import Follower, tensors_in
+from lightning_prune.structure.record import DATA, PARAMETER, WILD, shape_at, varying
 
 
 def vector(f: Follower, tensor: Tensor, dim: int) -> Tensor | None:

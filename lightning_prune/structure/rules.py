@@ -21,16 +21,8 @@ from lightning_prune.structure.products import (
     mm,
     normalize,
 )
-from lightning_prune.structure.provenance import (
-    DATA,
-    WILD,
-    Follower,
-    Labels,
-    compress,
-    shape_at,
-    tensors_in,
-    varying,
-)
+from lightning_prune.structure.provenance import Follower, tensors_in
+from lightning_prune.structure.record import DATA, WILD, Labels, compress, shape_at, varying
 
 _SAME = ("detach", "alias", "clone", "contiguous", "lift_fresh", "_to_copy", "native_dropout", "dropout")
 _MOVES = (

@@ -19,16 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.structure.layers import own_widths
 from lightning_prune.structure.products import layer_norm
-from lightning_prune.structure.provenance import (
-    PARAMETER,
-    WILD,
-    Follower,
-    Record,
-    new_labels,
-    shape_at,
-    tensors_in,
-    varying,
-)
+from lightning_prune.structure.provenance import Follower, tensors_in
+from lightning_prune.structure.record import PARAMETER, WILD, Record, new_labels, shape_at, varying
 from lightning_prune.structure.weight_norms import weight_normed
 
 

@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_networks import CASES, Residual, Tied
+from torch import nn
 
 from lightning_prune.errors import CheckpointError
 from lightning_prune.structure import manifest
 from lightning_prune.structure.budget import Budget
+from lightning_prune.structure.graph import trace
 from lightning_prune.structure.plan import Example, Recipe, measure, plan, survey
-from lightning_prune.structure.surgery import apply
+from lightning_prune.structure.surgery import apply, change_for
 
 
 def pruned(name: str, fraction: float = 0.5):
@@ -166,3 +168,22 @@ def test_a_manifest_that_is_not_of_the_weights_beside_it_changes_nothing():
         manifest.take_on(net, checkpoint)
     assert manifest.describe(net) == manifest.describe(Residual())
     assert str(net) == shown
+
+
+def test_batch_norms_that_synchronise_are_cut_and_loaded_as_plain_ones():
+    """With `sync_batchnorm=True` Lightning converts them after weights are loaded, and back at the end."""
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(Residual())
+    plain = Residual()
+    plain.load_state_dict(synchronised.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    for net in (synchronised, plain):
+        groups = [group for group in trace(net, (x,)) if not group.reason]
+        kept = {group.name: torch.arange(group.channels // 2) for group in groups}
+        apply(net, change_for(net, groups, kept))
+    assert isinstance(synchronised.norm, nn.SyncBatchNorm)
+    assert synchronised.norm.num_features == 8, "which the plain layer is made of again"
+    assert torch.equal(synchronised.eval()(x), plain.eval()(x))
+    for fresh in (Residual(), nn.SyncBatchNorm.convert_sync_batchnorm(Residual())):
+        manifest.reshape(fresh, manifest.describe(synchronised))
+        fresh.load_state_dict(synchronised.state_dict())
+        assert torch.equal(fresh.eval()(x), plain(x))
