@@ -52,11 +52,6 @@ class Learner(LightningModule):
     def forward(self, x: Tensor) -> Any:
         return self.network(x)
 
-    def on_train_epoch_start(self) -> None:
-        # Processors train convolutions faster in this layout; after a cut, weights are in the other again.
-        for network in (self.network, *self.teacher):
-            network.to(memory_format=torch.channels_last)
-
     def configure_optimizers(self) -> Any:
         decayed = [p for p in self.network.parameters() if p.ndim > 1]
         others = [p for p in self.network.parameters() if p.ndim <= 1]
