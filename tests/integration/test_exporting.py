@@ -18,7 +18,18 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import EdgeExport, MagnitudePruning, Schedule, _pipeline, export
+from lightning_prune import (
+    EdgeExport,
+    LayerPruning,
+    LowRank,
+    MagnitudePruning,
+    QuantizationAwareTraining,
+    Quantize,
+    Schedule,
+    _pipeline,
+    export,
+    load_pruned,
+)
 from lightning_prune.deploy.onnx import Onnx
 from lightning_prune.errors import (
     CheckpointError,
@@ -104,6 +115,50 @@ def test_a_bare_state_dict_is_a_checkpoint_too(plain, exported, tmp_path):
     assert hashes(tmp_path / "edge") == hashes(exported[0])
 
 
+KINDS = {
+    "low rank": lambda: LowRank(ratio=0.25),
+    "whole blocks": lambda: LayerPruning(1),
+    "training in 8 bits": lambda: QuantizationAwareTraining(),
+}
+
+
+class Residual(Net):
+    def __init__(self):
+        super().__init__()
+        blocks = [ResidualBlock(), ResidualBlock()]
+        self.model = nn.Sequential(
+            nn.Conv2d(1, 16, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)
+        )
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_every_other_method_gives_the_files_of_the_fits_end(kind, tmp_path):
+    pl.seed_everything(0)
+    module, path = Residual(), tmp_path / "last.ckpt"
+    how = {"profile": None, "quantize": Quantize() if "8 bits" in kind else None}
+    callbacks = [KINDS[kind](), EdgeExport(str(tmp_path / "fit"), trial=False, **how)]
+    fitted = trainer(tmp_path, callbacks)
+    fitted.fit(module, loader(0, shuffle=True), loader(1))
+    fitted.save_checkpoint(path)
+    with torch.no_grad():
+        x = torch.randn(4, 1, 8, 8)
+        assert torch.equal(load_pruned(Residual, path).eval()(x), module.eval()(x))
+    data = {"val": loader(1), "train": loader(0, shuffle=True)}
+    again = export(Residual(), tmp_path / "again", ckpt_path=path, dataloaders=data, **how)
+    for one, two in zip(callbacks[1].report.variants, again.variants, strict=True):
+        assert (one.name, one.metrics, one.macs) == (two.name, two.metrics, two.macs)
+        assert (tmp_path / "fit" / one.file).read_bytes() == (tmp_path / "again" / two.file).read_bytes()
+
+
 def test_another_checkpoint_can_be_the_dense_baseline(plain, tmp_path):
     net = copy.deepcopy(plain[0])
     with torch.no_grad():
@@ -173,8 +228,8 @@ def test_a_network_that_takes_a_list_of_pictures_is_exported_whole_or_its_backbo
         counts = [len(net.eval()([x])[0]["boxes"]) for (x,) in data.dataset]
     assert report.variants[0].metrics["val_found"] == pytest.approx(sum(counts) / 4)
     session = onnxruntime.InferenceSession(str(tmp_path / "whole" / "dense.onnx"))
-    assert [i.shape for i in session.get_inputs()] == [[3, 8, 8]]
-    assert [o.name for o in session.get_outputs()] == ["output_0_boxes", "output_0_scores"]
+    assert [i.shape for i in session.get_inputs()] == [[3, "height", "width"]]
+    assert [o.name for o in session.get_outputs()] == ["boxes", "scores"]
     report = export(net, tmp_path / "part", submodule="backbone", **quiet)
     assert [v.name for v in report.variants] == ["dense", "dense.int8"]
     assert report.variants[0].metrics["val_found"] == pytest.approx(sum(counts) / 4)
