@@ -103,7 +103,8 @@ def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
     for _ in range(400):
         pruner.step()
         if count_macs(network, (example,)) <= target * dense:
-            return network
+            # It leaves the network in eval mode, in which Lightning would train it.
+            return network.train()
     raise RuntimeError("Torch-Pruning did not reach the budget")
 
 

@@ -123,3 +123,9 @@ def test_the_small_peer_is_the_widest_within_the_budget(parts: SimpleNamespace) 
     width, x = network.conv.out_channels, (torch.zeros(1, *task.shape),)
     dense = count_macs(task.network(task.width), x)
     assert count_macs(network, x) <= 0.5 * dense < count_macs(task.network(width + 1), x)
+
+
+def test_the_peer_is_trained_in_train_mode(parts: SimpleNamespace) -> None:
+    task = parts.tasks.TASKS["resnet8"]
+    network = parts.accuracy.torch_pruning(task.network(task.width), task, 0.9)
+    assert all(layer.training for layer in network.modules())
