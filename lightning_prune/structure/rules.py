@@ -112,8 +112,10 @@ def _looked_up(func: Any, args: tuple[Any, ...]) -> set[int]:
 
 
 def _index(tensor: Tensor) -> Tensor:
-    # Where labels are the same whatever is looked up, any number will do.
-    return torch.zeros(tensor.shape, dtype=torch.int64) if tensor.is_meta else tensor.cpu()
+    # Where labels are the same whatever is looked up, any number will do; none would leave no labels.
+    if tensor.is_meta or not tensor.numel():
+        return torch.zeros([max(1, size) for size in tensor.shape], dtype=torch.int64)
+    return tensor.cpu()
 
 
 def _rearranged(func: Any, labels: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
