@@ -52,7 +52,7 @@ def traced(flat: Flat, tensors: tuple[Tensor, ...], axes: list[dict[int, str]], 
     dims = {label: torch.export.Dim(label) for label in sorted(labels)}
     shapes = tuple({axis: dims[label] for axis, label in item.items()} for item in axes)
     try:
-        with quiet_exporter(), fresh_kernels(), torch.no_grad():
+        with quiet_exporter(), fresh_kernels(flat), torch.no_grad():
             program = torch.onnx.export(
                 flat,
                 tensors,
@@ -105,11 +105,12 @@ def _cannot_export(flat: Flat, error: Exception) -> ExportError:
 
 
 @contextmanager
-def fresh_kernels() -> Iterator[None]:
-    """Let torch look the kernels of its recurrent operators up again, before and after an export.
+def fresh_kernels(module: nn.Module) -> Iterator[None]:
+    """Let torch trace recurrent layers anew, whatever it has traced in this process before.
 
-    To keep a time axis open, the exporter swaps these kernels for a while; an operator that has run before
-    would go on with the one it remembers, and the axis becomes a constant (torch 2.13).
+    To keep a time axis open, the exporter swaps the kernels of recurrent operators for a while, and compiles
+    the loop over time. An operator that has run before would go on with the kernel it remembers, and a loop
+    compiled for one length makes the axis a constant (torch 2.13).
     """
     operators = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
 
@@ -117,6 +118,9 @@ def fresh_kernels() -> Iterator[None]:
         for operator in operators:
             operator._dispatch_cache.clear()  # private, and torch's own export clears those it swaps so
 
+    # Whatever else is compiled in this process is compiled again when it next runs.
+    if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+        torch.compiler.reset()
     forget()
     try:
         yield
