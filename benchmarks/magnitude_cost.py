@@ -27,8 +27,9 @@ import tempfile
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,10 +170,24 @@ class Baton:
         self.turns = [n for _ in range(rounds) for n in random.sample(variants, len(variants))]
         self.position = 0
         self.changed = threading.Condition()
+        self.error: BaseException | None = None
 
     def wait(self, name: str) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: self.turns[self.position] == name)
+            self.changed.wait_for(lambda: self.error is not None or self.turns[self.position] == name)
+            if self.error is not None:
+                raise RuntimeError(f"{name} was given up, since another variant failed") from self.error
+
+    def watch(self, job: Future[Any]) -> Future[Any]:
+        """End all of them when one fails."""
+
+        def done(job: Future[Any]) -> None:
+            with self.changed:
+                self.error = self.error or job.exception()
+                self.changed.notify_all()
+
+        job.add_done_callback(done)
+        return job
 
     def pass_on(self) -> None:
         with self.changed:
@@ -249,7 +264,9 @@ def measure_steps(rounds: int) -> dict[str, object]:
             baton = Baton(rounds + 2)
             batches = DataLoader([batch] * (rounds + 2), batch_size=None)
             with ThreadPoolExecutor(len(STEP_VARIANTS)) as pool:
-                jobs = {n: pool.submit(run_steps, n, *made[n], batches, baton) for n in STEP_VARIANTS}
+                jobs = {
+                    n: baton.watch(pool.submit(run_steps, n, *made[n], batches, baton)) for n in STEP_VARIANTS
+                }
             # The first steps allocate, and the first of all sets masks.
             found[f"{title}, {optimizer}"] = {
                 name: {kind: times[2:] for kind, times in job.result().items()} for name, job in jobs.items()

@@ -144,7 +144,8 @@ def side_by_side(
         jobs = {}
         for name, (module, callbacks) in made.items():
             first, last = clocks[name]
-            jobs[name] = pool.submit(run_steps, name, module, [first, *callbacks, last], batches, baton)
+            job = pool.submit(run_steps, name, module, [first, *callbacks, last], batches, baton)
+            jobs[name] = baton.watch(job)
     found = {}
     for name, job in jobs.items():
         hooks = [after - before for before, after in zip(*(c.times for c in clocks[name]), strict=True)]

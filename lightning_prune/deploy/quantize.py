@@ -30,7 +30,7 @@ from lightning_prune.deploy.fusion import (
 )
 from lightning_prune.deploy.runtime import Feed, require_onnxruntime
 from lightning_prune.deploy.storage import data_files, parts_of, write_model
-from lightning_prune.deploy.weights import lost_zeros
+from lightning_prune.deploy.weights import lost_zeros, not_finite
 from lightning_prune.errors import ConfigurationError, OutputError, QuantizationError, near_matches
 
 MODES = ("static", "dynamic")
@@ -187,8 +187,12 @@ def quantize_file(
         except OSError as error:
             raise cannot_write(destination, error) from error
         except Exception as error:
+            broken = not_finite(source)
+            reason = f"{type(error).__name__}: {error}"
+            if broken:
+                reason = f"it has weights that are not finite, in {', '.join(broken[:5])}"
             raise QuantizationError(
-                f"{source.name} could not be quantized ({config.mode}): {type(error).__name__}: {error}"
+                f"{source.name} could not be quantized ({config.mode}): {reason}"
             ) from error
         write_model(destination, held_in_float(onnx.load(str(part)), nodes))
     lost = lost_zeros(source, destination)

@@ -111,6 +111,24 @@ def count_weights(path: str | Path) -> tuple[int, int]:
     return total, nonzero
 
 
+def not_finite(path: str | Path) -> list[str]:
+    """Name the weights of a float file that hold infinities or NaNs.
+
+    Args:
+        path: An ONNX file.
+
+    Returns:
+        Their names.
+    """
+    import numpy as np
+    from onnx import numpy_helper
+
+    folder = str(Path(path).parent)
+    items = load_graph(path).graph.initializer
+    arrays = ((item.name, numpy_helper.to_array(item, folder)) for item in items)
+    return [name for name, array in arrays if array.dtype.kind == "f" and not np.isfinite(array).all()]
+
+
 def lost_zeros(float_file: str | Path, quantized_file: str | Path) -> dict[str, int]:
     """Find the weights in which quantization turned a zero into something else.
 

@@ -211,6 +211,16 @@ def test_values_that_are_not_finite_are_an_error(sparse_chain, tmp_path, value):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with torch.no_grad():
+        net[2].weight[0, 0, 0, 0] = torch.nan
+    exported = export_onnx(net, tmp_path / "float.onnx", (torch.ones(1, 3, 8, 8),), {})
+    feeds = [{"input": np.ones((1, 3, 8, 8), "float32")}]
+    with pytest.raises(QuantizationError, match=r"weights that are not finite, in 2\.weight"):
+        quantize_file(exported.path, tmp_path / "q.onnx", Quantize(), feeds)
+
+
 def test_a_wrong_feed_is_an_error(sparse_chain, tmp_path):
     _, exported, _ = sparse_chain
     with pytest.raises(QuantizationError, match="could not be quantized"):
