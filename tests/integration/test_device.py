@@ -22,7 +22,7 @@ from export_cases import Net, loader
 from torch import nn
 
 from lightning_prune import Target, cli, export
-from lightning_prune.deploy import latency_table
+from lightning_prune.deploy import latency_table, layer_files
 from lightning_prune.deploy.remote import parse_result, run_over_ssh
 from lightning_prune.errors import ConfigurationError, ExportError, ProfileError
 from lightning_prune.report.device import measurement_of, merge_device
@@ -306,10 +306,11 @@ def test_layers_are_timed_on_the_device_that_is_asked_for(server, tmp_path):
     host, options = server
     device = Target(host, python=sys.executable, ssh_options=options)
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU())
-    layers = latency_table.observe(net, (torch.zeros(1, 3, 8, 8),), {})
-    times, target = latency_table.measure_layers(layers, {("0.weight", 0)}, device)
+    layers = layer_files.observe(net, (torch.zeros(1, 3, 8, 8),), {})
+    times, pace, target = latency_table.measure_layers(layers, {("0.weight", 0)}, device)
     assert target == latency_table.described(Target())  # the loopback is this machine
     assert times["0.weight"]["first"] == [16, 32]
+    assert pace > 0
     assert times["0.weight"]["ms"][1][0] > 0
     assert latency_table.measure_networks([net], (torch.zeros(1, 3, 8, 8),), {}, device)[0] > 0
 
