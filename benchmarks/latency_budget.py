@@ -176,7 +176,7 @@ def measure(name: str, config: argparse.Namespace) -> None:
     runs, made = [], []
     for seed in config.seeds:
         for kind in KINDS:
-            for fraction in config.fractions:
+            for fraction in config.macs if kind == "macs" else config.fractions:
                 network = copy.deepcopy(dense)
                 file = folder / f"{kind}-{fraction:g}-{seed}.pt"
                 asked = (network, kind, fraction, seed, config, folder / "times.json")
@@ -194,7 +194,8 @@ def measure(name: str, config: argparse.Namespace) -> None:
         "",
     ]
     settings = {
-        key: getattr(config, key) for key in ("fractions", "seeds", "base", "epochs", "samples", "tests")
+        key: getattr(config, key)
+        for key in ("fractions", "macs", "seeds", "base", "epochs", "samples", "tests")
     }
     found = {"dense_ms": dense_ms, "dense": base, "runs": runs}
     write(f"latency_budget_{name}", settings, found, [*text, *table(head, rows_of(runs, dense_ms))])
@@ -211,7 +212,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("networks", nargs="+", choices=list(NETWORKS))
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5, 0.35])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.7, 0.5, 0.35], help="of the latency")
+    parser.add_argument(
+        "--macs", type=float, nargs="+", default=[0.7, 0.5, 0.35, 0.25, 0.15], help="fractions of the MACs"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--base", type=int, default=10, help="epochs of the dense network")
     parser.add_argument("--epochs", type=int, default=4, help="of each pruning")
