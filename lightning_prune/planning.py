@@ -223,7 +223,7 @@ class _Cutter:
             table, names = self._watch.table, dict(network.named_parameters())
             if table is None or not table.layers.keys() <= names.keys():  # some are products of others now
                 table = self._time(network, groups)
-            weighed = scores(network, groups, table, recipe.importance, {})
+            weighed = scores(network, groups, table, self.dense.widths, recipe.importance, {})
         meter = self._watch.meters[self.budget.kind]
         apply(network, plan(network, groups, recipe.recipe, start, 1.0, self.example, weighed, meter))
 

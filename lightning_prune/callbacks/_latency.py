@@ -151,7 +151,7 @@ class Stopwatch:
         low = meter(ends[-1], (), example)({}) / dense.costs["latency"]
         parts = [1 - (1 - low) * stop / (_STOPS + 1) for stop in range(1, _STOPS + 1)]
         trials = [replace(recipe, budget=Budget(latency=min(1.0, max(1e-6, part)))) for part in parts]
-        gathered = scores(network, groups, table, recipe.importance, {})
+        gathered = scores(network, groups, table, dense.widths, recipe.importance, {})
         between = list(_planned(network, groups, trials, dense, example, gathered, meter))
         return self._with_networks(replace(table, points=[], known={}), [*ends, *between], example)
 
@@ -223,7 +223,7 @@ class Stopwatch:
         aims = [replace(recipe, budget=Budget(latency=recipe.budget.fraction * (1 - _MARGIN))), recipe]
         for attempt in range(_TRIES):
             assert self.table is not None
-            weighed = scores(network, groups, self.table, recipe.importance, gathered)
+            weighed = scores(network, groups, self.table, dense.widths, recipe.importance, gathered)
             meter = latency_meter(self.table)
             try:
                 change = _first_reachable(aims, network, groups, dense, level, example, weighed, meter)
@@ -285,6 +285,7 @@ def scores(
     network: nn.Module,
     groups: Sequence[Group],
     table: LatencyTable,
+    widths: Mapping[str, int],
     importance: str,
     gathered: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -294,6 +295,7 @@ def scores(
         network: The network as it is now.
         groups: Its channel groups.
         table: Its times.
+        widths: `{group: width in the dense network}`.
         importance: What importance is made of.
         gathered: Importances that were gathered in training.
     """
@@ -302,7 +304,7 @@ def scores(
     def score(group: Group) -> Tensor:
         return gathered[group.name] if group.name in gathered else of_weights(network, group)
 
-    return per_millisecond(network, groups, table, score)
+    return per_millisecond(network, groups, table, widths, score)
 
 
 def _key(network: nn.Module, example: Example) -> str:

@@ -184,14 +184,23 @@ def per_millisecond(
     module: nn.Module,
     groups: Sequence[Group],
     table: LatencyTable,
+    widths: Mapping[str, int],
     score: Callable[[Group], Tensor],
 ) -> dict[str, Tensor]:
-    """Weigh importance against the time that it costs: the score of HALP (Shen et al. 2021, equation 7).
+    r"""Weigh importance against the time that it costs: the score of HALP (Shen et al. 2021, equation 7).
+
+    HALP's importances add up, and ours are relative to their group: added up, they would let the slowest group
+    go almost whole. So a channel counts once in each of the group's layers, and the more, the fewer are left.
+    The least important of :math:`n` channels of :math:`k` layers that were :math:`N` wide, of importance
+    :math:`s`, which is one on average, is worth, if it takes :math:`t`,
+
+    .. math:: k\, s\, (N / n)^2 / t
 
     Args:
         module: The network as it is now.
         groups: Its channel groups.
         table: What was measured.
+        widths: `{group: width in the dense network}`.
         score: Gives the importance of each channel of a group.
 
     Returns:
@@ -206,5 +215,11 @@ def per_millisecond(
         # The slope over half of the width: single channels are beyond what was measured.
         half = torch.arange(group.channels // 2, dtype=torch.int64)
         saved = (dense - costs({group.name: half})) / (group.channels - len(half))
-        found[group.name] = score(group) / max(saved, 1e-9)
+        worth = score(group)
+        left = group.channels - torch.empty_like(worth).scatter_(
+            0, worth.argsort(stable=True), torch.arange(len(worth), dtype=worth.dtype)
+        )
+        layers = len({member.tensor for member in group.members if member.tensor in table.layers})
+        rarity = (widths.get(group.name, group.channels) / left) ** 2
+        found[group.name] = layers * worth * rarity / max(saved, 1e-9)
     return found

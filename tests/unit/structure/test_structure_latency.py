@@ -113,13 +113,29 @@ def test_slow_channels_go_before_fast_ones_of_equal_importance():
     groups = survey(net, EXAMPLE)
     for slow, fast, weight in (("0", "5", "0.weight"), ("5", "0", "9.weight")):
         table = table_of(net, {weight: 1.0})
-        scores = per_millisecond(net, groups, table, lambda group: torch.ones(group.channels))
-        assert scores[slow].max() < scores[fast].min()
+        scores = per_millisecond(net, groups, table, {}, lambda group: torch.ones(group.channels))
+        assert scores[slow].min() < scores[fast].min()
+        assert scores[slow].mean() < scores[fast].mean()
     # Within a group the order is that of importance.
-    scores = per_millisecond(net, groups, table_of(net, {}), lambda group: magnitude(net, group))
+    scores = per_millisecond(net, groups, table_of(net, {}), {}, lambda group: magnitude(net, group))
     for group in groups:
         if not group.reason:
             assert torch.equal(scores[group.name].argsort(), magnitude(net, group).argsort())
+
+
+def test_a_channel_is_worth_more_the_fewer_are_left_of_the_dense_width():
+    net = network()
+    groups = [group for group in survey(net, EXAMPLE) if not group.reason]
+    table, dense = table_of(net, {}), {group.name: group.channels for group in groups}
+
+    def worth(widths):
+        return per_millisecond(net, groups, table, widths, lambda group: torch.ones(group.channels))
+
+    now, before = worth(dense), worth({name: 2 * width for name, width in dense.items()})
+    for group in groups:
+        ratio = now[group.name].max() / now[group.name].min()
+        assert ratio == pytest.approx(group.channels**2)  # the last one left against the first to go
+        assert torch.allclose(before[group.name], 4 * now[group.name])
 
 
 @pytest.mark.parametrize("value", [0, -1.0, 1.5, True, "8", float("nan")])
