@@ -68,15 +68,15 @@ def time_cycle(folder: Path, names: list[str], threads: int) -> dict[str, float]
 def at_one_pace(cycles: list[dict[str, float]], anchor: str) -> dict[str, float]:
     """Bring the times of all cycles to the pace of the one in which the anchor ran fastest.
 
-    Of a file that was in several, the median counts.
+    Of a file that was in several its fastest counts, held against the anchor's fastest in these: where in
+    memory a file is loaded can make it, or the anchor, a fifth slower each time it is loaded.
     """
-    pace = min((cycle[anchor] for cycle in cycles), default=0.0)
-    found: dict[str, list[float]] = {anchor: [pace]}
-    for cycle in cycles:
-        for name, spent in cycle.items():
-            if name != anchor:
-                found.setdefault(name, []).append(spent * pace / cycle[anchor])
-    return {name: sorted(times)[(len(times) - 1) // 2] for name, times in found.items()}
+    found = {anchor: min((cycle[anchor] for cycle in cycles), default=0.0)}
+    for name in dict.fromkeys(name for cycle in cycles for name in cycle if name != anchor):
+        with_it = [cycle for cycle in cycles if name in cycle]
+        fastest = min(cycle[name] for cycle in with_it)
+        found[name] = fastest * found[anchor] / min(cycle[anchor] for cycle in with_it)
+    return found
 
 
 def processor() -> str:

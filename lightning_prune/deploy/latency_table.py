@@ -26,6 +26,7 @@ from lightning_prune.deploy.timing import ANCHOR, HERE, Target, time_files
 from lightning_prune.errors import ConfigurationError, LightningPruneError
 
 SCHEMA = 2
+_LOADS = 6
 _KEYS = ("layers", "points", "target", "pace", "known", "network")
 
 
@@ -146,8 +147,8 @@ def measure_networks(
             np.savez(path.with_suffix(".npz"), **OnnxModule(path, interface).feed(*call))  # type: ignore[arg-type]
             names.append(path.name)
         # Each alone with the anchor: amid other networks it would find the caches full of their weights, and
-        # how many there are would count. Three times, so that a bad moment hits a third of one's times.
-        times, _ = time_files(scratch, [[name] for name in names] * 3, target)
+        # how many there are would count. Loaded anew each time, so that bad luck with its memory is not kept.
+        times, _ = time_files(scratch, [[name] for name in names] * _LOADS, target)
     return [times[name] * (1.0 if pace is None else pace / times[ANCHOR]) for name in names]
 
 
