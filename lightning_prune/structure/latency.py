@@ -190,9 +190,9 @@ def per_millisecond(
     r"""Weigh importance against the time that it costs: the score of HALP (Shen et al. 2021, equation 7).
 
     HALP's importances add up, and ours are relative to their group: added up, they would let the slowest
-    group go almost whole. So a channel counts once in each of the group's layers, and the more, the fewer are left.
-    The least important of :math:`n` channels of :math:`k` layers that were :math:`N` wide, of importance
-    :math:`s`, which is one on average, is worth, if it takes :math:`t`,
+    group go almost whole. So a channel counts once in each of the group's layers, and the more, the fewer
+    are left. The least important of :math:`n` channels of :math:`k` layers that were :math:`N` wide, of
+    importance :math:`s`, which is one on average, is worth, if it takes :math:`t`,
 
     .. math:: k\, s\, (N / n)^2 / t
 
