@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -166,9 +166,25 @@ class Stopwatch:
 
     # ------------------------------------------------------------------ cuts
 
+    def on_all_ranks(self, trainer: Trainer, make: Callable[[], Change]) -> Change:
+        """Make a plan on the first rank, and give it and what was learned by it to all.
+
+        Args:
+            trainer: The trainer.
+            make: Calls `plan`.
+        """
+
+        def made() -> dict[str, Any]:
+            change = make()
+            assert self.table is not None
+            return {"change": plain(change), "table": self.table.plain(), "failure": self.failure}
+
+        found = decided(trainer, made)
+        self.table, self.failure = LatencyTable.from_plain(found["table"]), found["failure"]
+        return from_plain(found["change"])
+
     def plan(
         self,
-        trainer: Trainer,
         network: nn.Module,
         groups: Sequence[Group],
         recipe: Recipe,
@@ -183,7 +199,6 @@ class Stopwatch:
         as NetAdapt does (Yang et al. 2018, section 3.2).
 
         Args:
-            trainer: The trainer.
             network: The network as it is now.
             groups: Its channel groups.
             recipe: What is asked.
@@ -192,32 +207,9 @@ class Stopwatch:
             example: Inputs.
             gathered: Importances that were gathered in training.
 
-        Returns:
-            The change, the same on all ranks.
-
         Raises:
             BudgetError: The budget cannot be reached with cuts that are right.
         """
-
-        def make() -> dict[str, Any]:
-            change = self._measured_plan(network, groups, recipe, dense, level, example, gathered)
-            assert self.table is not None
-            return {"change": plain(change), "table": self.table.plain(), "failure": self.failure}
-
-        found = decided(trainer, make)
-        self.table, self.failure = LatencyTable.from_plain(found["table"]), found["failure"]
-        return from_plain(found["change"])
-
-    def _measured_plan(
-        self,
-        network: nn.Module,
-        groups: Sequence[Group],
-        recipe: Recipe,
-        dense: Dense,
-        level: float,
-        example: Example,
-        gathered: Mapping[str, Tensor],
-    ) -> Change:
         change = Change()
         allowed = dense.costs["latency"] * recipe.budget.fraction_at(level)
         aims = [replace(recipe, budget=Budget(latency=recipe.budget.fraction * (1 - _MARGIN))), recipe]

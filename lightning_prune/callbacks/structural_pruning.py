@@ -351,7 +351,7 @@ class StructuralPruning(StructureCallback):
         asked = (network, self._groups, self.recipe, self._dense, level, self._example)
         gathered = self._learning.evidence.scores()
         if self._watch.table is not None:
-            return self._watch.plan(trainer, *asked, gathered)
+            return self._watch.on_all_ranks(trainer, lambda: self._watch.plan(*asked, gathered))
         return from_plain(decided(trainer, lambda: plain(plan(*asked, gathered))))
 
     def _take_stock(self, network: nn.Module, groups: Sequence[Group]) -> None:

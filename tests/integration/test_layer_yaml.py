@@ -74,6 +74,7 @@ for command in ("validate", "fit"):
     assert str(again.model) == str(done.model)
 module = lightning_prune.load_pruned(Net, path)
 assert type(module.layers[1]).__name__ == "Block"
+print("all of it held")
 """
 
 
@@ -98,7 +99,7 @@ def run(folder, *line):
 )
 def test_a_config_trains_validates_and_resumes(tmp_path, namespace, imports, budget):
     write(tmp_path, imports, budget)
-    run(tmp_path, "-W", "ignore", "-c", CLI.format(namespace=namespace))
+    assert "all of it held" in run(tmp_path, "-W", "ignore", "-c", CLI.format(namespace=namespace))
 
 
 def test_inspect_lists_the_blocks_and_the_fit_ends_with_what_became_of_them(tmp_path):

@@ -41,11 +41,11 @@ callback = lightning_prune.StructuralPruning(budget, schedule=schedule, round_to
 net = Net()
 L.Trainer(max_epochs=2, accelerator="cpu", logger=False, default_root_dir=sys.argv[1],
           enable_progress_bar=False, enable_model_summary=False, callbacks={callbacks}).fit(net)
-assert sum(p.numel() for p in net.parameters()) <= 0.5 * dense
 file = next(__import__("pathlib").Path(sys.argv[1]).rglob("*.ckpt"))
 again = lightning_prune.load_pruned(Net, file)
 assert type(again) is Net
 assert str(again) == str(net)
+print(sum(p.numel() for p in again.parameters()) / dense)
 """
 
 CLI = """
@@ -56,7 +56,7 @@ if {named_on_command_line}:
     arguments += ["--trainer.callbacks+=StructuralPruning", "--trainer.callbacks.budget.params=0.5",
                   "--trainer.callbacks.round_to=1", "--trainer.callbacks.schedule.curve=one_shot"]
 cli = LightningCLI(Net, args=arguments, save_config_callback=None)
-assert sum(p.numel() for p in cli.model.parameters()) <= 0.5 * dense
+print(sum(p.numel() for p in cli.model.parameters()) / dense)
 """
 
 CONFIG = """
@@ -79,7 +79,8 @@ CALLBACKS = """
 """
 
 
-def python(code: str, *arguments: str) -> None:
+def left_by(code: str, *arguments: str) -> float:
+    """Run a program, and return the fraction of the parameters that it says is left."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -88,6 +89,7 @@ def python(code: str, *arguments: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return float(done.stdout.splitlines()[-1])
 
 
 IMPORTS = {
@@ -105,7 +107,8 @@ IMPORTS = {
 )
 def test_trainer_takes_the_callback(tmp_path, imports, single):
     callbacks = "callback" if single else "[callback]"
-    python(MODULE.format(imports=imports) + TRAINER.format(callbacks=callbacks), str(tmp_path))
+    code = MODULE.format(imports=imports) + TRAINER.format(callbacks=callbacks)
+    assert 0.3 < left_by(code, str(tmp_path)) <= 0.5
 
 
 @pytest.mark.parametrize("on_command_line", [True, False], ids=["on the command line", "in the config"])
@@ -115,4 +118,4 @@ def test_cli_takes_the_callback_by_name(tmp_path, namespace, on_command_line):
     config.write_text(CONFIG + ("" if on_command_line else CALLBACKS))
     code = MODULE.format(imports=f"import {namespace} as L")
     code += CLI.format(namespace=namespace, named_on_command_line=on_command_line)
-    python(code, str(tmp_path), str(config))
+    assert 0.3 < left_by(code, str(tmp_path), str(config)) <= 0.5
