@@ -120,9 +120,8 @@ def trainer_for(
     folder: Path, epochs: int, arguments: argparse.Namespace, callbacks: Sequence[Callback]
 ) -> Trainer:
     """Make a trainer that leaves a checkpoint after every epoch."""
-    last = ModelCheckpoint(
-        folder, save_last=True, save_top_k=0, save_on_train_epoch_end=True, enable_version_counter=False
-    )
+    # Not `save_last` with no other: Lightning 2.6 then writes it only where the fit ends.
+    last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     return Trainer(
         max_epochs=epochs, accelerator=arguments.accelerator, devices=1, precision=arguments.precision,
         logger=False, enable_model_summary=False, callbacks=[*callbacks, last], num_sanity_val_steps=0,
