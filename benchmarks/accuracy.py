@@ -116,6 +116,20 @@ def small(task: Task, target: float) -> nn.Module:
     return task.network(max(fits))
 
 
+class Reseed(Callback):
+    """Lets dropout and the like follow from seed and epoch, so that a killed run goes on with the same.
+
+    Args:
+        seed: The run's.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.manual_seed(self.seed + 1000 * trainer.current_epoch)
+
+
 def trainer_for(
     folder: Path, epochs: int, arguments: argparse.Namespace, callbacks: Sequence[Callback]
 ) -> Trainer:
@@ -153,7 +167,7 @@ def fit(
 ) -> None:  # fmt: skip
     """Train, or go on with a training that was killed."""
     last = folder / "last.ckpt"
-    trainer = trainer_for(folder, epochs, arguments, callbacks)
+    trainer = trainer_for(folder, epochs, arguments, [Reseed(seed), *callbacks])
     batches = TaskData(task, parts, arguments.choose, seed)
     trainer.fit(module, datamodule=batches, ckpt_path=last if last.exists() else None, weights_only=True)
 
