@@ -36,7 +36,7 @@ from torch import nn
 
 from common import PACKAGES, RESULTS, environment, option, table, write
 from data import add_data_root
-from learning import Recipe
+from learning import Recipe, Teacher
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
 from tasks import TASKS, Task, TaskData
@@ -199,7 +199,11 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
                 use_lottery_ticket_hypothesis=False,
             )
         ]  # fmt: skip
-    teacher = dense if task.recipe.teach and method != "dense" else None
+    teacher = None
+    if task.recipe.teach and method != "dense":
+        kind = "choose" if arguments.choose else "final"
+        answers = f"answers-{kind}-{arguments.precision}-{seed}"
+        teacher = Teacher(dense, folder_of(name, arguments) / answers)
     module = task.learner(network, task.classes, task.recipe, teacher)
     batches = TaskData(task, parts, arguments.choose, seed)
     start = time.perf_counter()

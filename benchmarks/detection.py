@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from learning import Learner, Recipe
+from learning import Learner, Recipe, Teacher
 from networks import ResidualBlock
 
 STRIDES = (8, 16, 32)
@@ -129,7 +129,7 @@ class Detector(Learner):
     The last number needs the packages torchvision and pycocotools, which torchmetrics asks for.
     """
 
-    def __init__(self, network: nn.Module, classes: int, recipe: Recipe, teacher: nn.Module | None) -> None:
+    def __init__(self, network: nn.Module, classes: int, recipe: Recipe, teacher: Teacher | None) -> None:
         from torchmetrics.detection.mean_ap import MeanAveragePrecision
 
         super().__init__(network, classes, recipe, teacher)

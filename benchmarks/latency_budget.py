@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 import data
 import networks
 from common import table, write
-from learning import Classifier, Recipe
+from learning import Classifier, Recipe, Teacher
 from lightning_prune import Budget, Schedule, StructuralPruning
 from lightning_prune.deploy.latency_table import measure_networks
 from lightning_prune.structure import manifest
@@ -132,7 +132,7 @@ def prune(
         latency_table=str(times),
     )
     loaders = Cifar(config.data_root, config.samples, config.tests, seed)
-    teacher = copy.deepcopy(network)
+    teacher = Teacher(network)
     score = fit(network, config.epochs, 0.02, loaders, pruning, teacher=teacher, teach=0.5)
     history = pruning.pruning_summary()["history"]
     cuts = [[entry.get("predicted_ms"), entry.get("measured_ms")] for entry in history]

@@ -5,7 +5,9 @@ Not a benchmark itself. Scripts in this folder import it as `learning`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,45 @@ class Recipe:
     teach: float = 0.0
 
 
+class Teacher:
+    """A network whose answers another one learns.
+
+    Args:
+        network: It stays as it is; a copy answers.
+        folder: Where answers are kept, one file an epoch, for runs with the same batches; None keeps none.
+    """
+
+    def __init__(self, network: nn.Module, folder: Path | None = None) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.folder = folder
+        self.known: list[Tensor] = []
+
+    def answers(self, x: Tensor, epoch: int, i: int) -> Tensor:
+        """Answer the i-th batch of an epoch."""
+        if i == 0:
+            kept = self._file(epoch)
+            self.known = list(torch.load(kept)) if kept and kept.exists() else []
+        if i < len(self.known):
+            return self.known[i].to(x.device)
+        with torch.no_grad():
+            found: Tensor = self.network.to(x.device)(x).float()
+        # The batches before a resumed run's first one were not seen.
+        if i == len(self.known):
+            self.known.append(found.cpu())
+        return found
+
+    def keep(self, epoch: int, batches: int) -> None:
+        """Write what was answered in a whole epoch."""
+        kept = self._file(epoch)
+        if kept and not kept.exists() and len(self.known) == batches:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(torch.stack(self.known), kept.with_suffix(".tmp"))
+            kept.with_suffix(".tmp").replace(kept)
+
+    def _file(self, epoch: int) -> Path | None:
+        return self.folder / f"epoch{epoch}.pt" if self.folder else None
+
+
 class Learner(LightningModule):
     """Trains a network, by itself or with a dense teacher.
 
@@ -42,15 +83,18 @@ class Learner(LightningModule):
         teacher: Its answers are part of the loss.
     """
 
-    def __init__(self, network: nn.Module, classes: int, recipe: Recipe, teacher: nn.Module | None) -> None:
+    def __init__(self, network: nn.Module, classes: int, recipe: Recipe, teacher: Teacher | None) -> None:
         super().__init__()
         self.network = network
         self.recipe = recipe
-        # In a tuple, so that it is no part of this module: it is not trained, pruned or saved.
-        self.teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)
+        self.teacher = teacher
 
     def forward(self, x: Tensor) -> Any:
         return self.network(x)
+
+    def on_train_epoch_end(self) -> None:
+        if self.teacher:
+            self.teacher.keep(self.current_epoch, int(self.trainer.num_training_batches))
 
     def configure_optimizers(self) -> Any:
         decayed = [p for p in self.network.parameters() if p.ndim > 1]
@@ -72,7 +116,7 @@ class Learner(LightningModule):
 class Classifier(Learner):
     """Classifies; the teacher's answers are compared at temperature 4 (Hinton et al. 2015)."""
 
-    def __init__(self, network: nn.Module, classes: int, recipe: Recipe, teacher: nn.Module | None) -> None:
+    def __init__(self, network: nn.Module, classes: int, recipe: Recipe, teacher: Teacher | None) -> None:
         super().__init__(network, classes, recipe, teacher)
         self.accuracy = MulticlassAccuracy(classes, average="micro")
         self.recall = MulticlassAccuracy(classes, average="macro")
@@ -80,9 +124,9 @@ class Classifier(Learner):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         scores = self.network(batch[0])
         loss = F.cross_entropy(scores, batch[1])
-        for teacher in self.teacher:
-            with torch.no_grad():
-                wanted = F.log_softmax(teacher.to(self.device)(batch[0]) / 4, 1)
+        if self.teacher:
+            answers = self.teacher.answers(batch[0], self.current_epoch, batch_idx)
+            wanted = F.log_softmax(answers / 4, 1)
             distance = F.kl_div(F.log_softmax(scores / 4, 1), wanted, log_target=True, reduction="batchmean")
             loss = (1 - self.recipe.teach) * loss + self.recipe.teach * 16 * distance
         self.log("train_loss", loss)
