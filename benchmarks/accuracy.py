@@ -54,7 +54,7 @@ METHODS = (
 SCORES = {"val_acc": "Accuracy", "val_map": "Mean average precision"}
 # Channels go in the first part of the training, zeros come after them, and the rest is for recovery.
 UNTIL = 0.4
-ZEROS = Schedule("cubic", begin=0.0, end=0.6)
+ZEROS_UNTIL = 0.6
 
 
 def layers_with_weights(network: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -74,8 +74,9 @@ def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
         "criterion": options.pop("criterion", "magnitude"),
         "scope": options.pop("zeros_scope", "global"),
     }
+    zeros_until = options.pop("zeros_until", ZEROS_UNTIL)
     if method == "magnitude":
-        return [MagnitudePruning(arguments.zeros, schedule=ZEROS, **zeros)]
+        return [MagnitudePruning(arguments.zeros, schedule=Schedule("cubic", end=zeros_until), **zeros)]
     first = Schedule("cubic", begin=0, end=until, unit="epoch")
     callbacks: list[Callback] = [StructuralPruning(Budget(macs=arguments.macs), schedule=first, **options)]
     if method == "joint":
@@ -255,7 +256,7 @@ def title_of(name: str) -> str:
         >>> title_of("structural_macs0.5_round_to-4_importance-bn_scale_lr-0.1_40epochs")
         'structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs'
     """
-    keys = {*inspect.signature(StructuralPruning).parameters, "criterion", "zeros_scope", "until"}
+    keys = {*inspect.signature(StructuralPruning).parameters, "criterion", "zeros_scope", "zeros_until", "until"}
     keys |= {field.name for field in fields(Recipe)}
     starts = "|".join(sorted(f"{key}-" for key in keys))
     parts = re.split(rf"_(?={starts}|macs[\d.]|zeros[\d.]|\w+epochs$)", name)
