@@ -256,7 +256,8 @@ def title_of(name: str) -> str:
         >>> title_of("structural_macs0.5_round_to-4_importance-bn_scale_lr-0.1_40epochs")
         'structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs'
     """
-    keys = {*inspect.signature(StructuralPruning).parameters, "criterion", "zeros_scope", "zeros_until", "until"}
+    keys = {*inspect.signature(StructuralPruning).parameters, "until"}
+    keys |= {"criterion", "zeros_scope", "zeros_until"}
     keys |= {field.name for field in fields(Recipe)}
     starts = "|".join(sorted(f"{key}-" for key in keys))
     parts = re.split(rf"_(?={starts}|macs[\d.]|zeros[\d.]|\w+epochs$)", name)

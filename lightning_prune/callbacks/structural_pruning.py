@@ -16,7 +16,7 @@ from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._latency import Stopwatch
 from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
-from lightning_prune.callbacks._recalibrate import recalibrate_norms
+from lightning_prune.callbacks._recalibrate import recalibrate_norms, reconstructed
 from lightning_prune.callbacks._structure_callback import StructureCallback
 from lightning_prune.deploy.timing import Target
 from lightning_prune.errors import ConfigurationError
@@ -68,6 +68,10 @@ class StructuralPruning(StructureCallback):
             `importance="bn_scale"` the L1 norm of the scales. It costs one multiply-add a weight and step.
         recalibrate: With how many training batches the running statistics of batch normalisation are
             estimated anew after each cut; 0 leaves them to training. Nothing else changes.
+        reconstruct: With how many training batches the layers that read what goes are fitted in each cut, by
+            least squares, so that they give about what they gave (He et al. 2017, arXiv:1707.06168, equation
+            1); 0 takes their weights as they are. It saves training after the cut. Convolutions with groups,
+            transposed ones and layers with over 8,192 inputs stay as they are.
 
     Raises:
         ConfigurationError: An argument is wrong; what depends on the module, before training starts.
@@ -91,6 +95,7 @@ class StructuralPruning(StructureCallback):
         example_input: Any = None,
         regularization: float = 0.0,
         recalibrate: int = 0,
+        reconstruct: int = 0,
         target: Target | None = None,
         latency_table: str | None = None,
     ) -> None:
@@ -116,7 +121,8 @@ class StructuralPruning(StructureCallback):
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.example_input = example_input
         self.regularization = _fraction_of_loss(regularization)
-        self.recalibrate = _number_of_batches(recalibrate)
+        self.recalibrate = _number_of_batches("recalibrate", recalibrate)
+        self.reconstruct = _number_of_batches("reconstruct", reconstruct)
         if target is not None and not isinstance(target, Target):
             raise ConfigurationError.of(_OWNER, "target", "a Target", target, "write Target('pi@kitchen')")
         self.target = target
@@ -219,6 +225,7 @@ class StructuralPruning(StructureCallback):
             "schedule": asdict(self.schedule),
             "regularization": self.regularization,
             "recalibrate": self.recalibrate,
+            "reconstruct": self.reconstruct,
             "target": None if self.target is None else asdict(self.target),
             "latency_table": self.latency_table,
         }
@@ -324,7 +331,8 @@ class StructuralPruning(StructureCallback):
         if change:
             emit(trainer, "on_before_pruning", pl_module)
             self._cutting = True
-            follow(trainer, pl_module, change)
+            with reconstructed(trainer, pl_module, network, self._calls, self.reconstruct, change):
+                follow(trainer, pl_module, change)
             self._cutting = False
             if self.recalibrate:
                 recalibrate_norms(trainer, pl_module, network, self._calls, self.recalibrate)
@@ -376,7 +384,7 @@ def _fraction_of_loss(value: Any) -> float:
     return float(value)
 
 
-def _number_of_batches(value: Any) -> int:
+def _number_of_batches(argument: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigurationError.of(_OWNER, "recalibrate", "a number of batches from 0", value, "write 32")
+        raise ConfigurationError.of(_OWNER, argument, "a number of batches from 0", value, "write 32")
     return value
