@@ -104,7 +104,8 @@ TASKS = {
         "MLPerf Tiny ResNet-8, CIFAR-10",
         networks.TinyResNet8, 16, (3, 32, 32), 10, _cifar, "mlperf_tiny_resnet8_cifar10",
         tune=30, augment=data.pictures(4), scale=Tensor.float,
-        recipe=Recipe(lr=0.02, teach=0.5),
+        recipe=Recipe(lr=0.02, teach=0.9),
+        pruning={"round_to": 2, "until": 0.2, "reconstruct": 8},
     ),
     "resnet20": Task(
         "ResNet-20, CIFAR-10",
