@@ -19,13 +19,16 @@ from lightning_prune.structure.surgery import Change, apply
 _SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 
 
-def follow(trainer: Trainer, pl_module: LightningModule, change: Change) -> None:
+def follow(
+    trainer: Trainer, pl_module: LightningModule, change: Change, put: Callable[[], None] = lambda: None
+) -> None:
     """Cut the module, and let averages, optimizers, DDP, the compiler and other callbacks follow.
 
     Args:
         trainer: The running trainer, at the start of an epoch or of an optimizer step.
         pl_module: The module.
         change: What goes.
+        put: Writes what the weights are to be after the cut, before other callbacks follow.
     """
     cuts = cuts_of(pl_module, change)
     averages = averaged_modules(trainer)
@@ -33,6 +36,7 @@ def follow(trainer: Trainer, pl_module: LightningModule, change: Change) -> None
         apply(module, change)
     for optimizer in trainer.optimizers:
         migrate(optimizer, cuts)
+    put()
     _tell(trainer, pl_module, change)
 
 

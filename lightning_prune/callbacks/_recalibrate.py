@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,16 +40,15 @@ def recalibrate_norms(
         recalibrate(network, _runs(trainer, pl_module, calls, count), _over_ranks(trainer))
 
 
-@contextmanager
-def reconstructed(
+def reconstruction(
     trainer: Trainer,
     pl_module: LightningModule,
     network: nn.Module,
     calls: Mapping[str, Any] | None,
     count: int,
     change: Change,
-) -> Iterator[None]:
-    """Fit the layers that lose inputs in the cut that is made inside, so that they give about what they gave.
+) -> Callable[[], None]:
+    """Fit the layers that lose inputs in a cut, so that they give about what they gave.
 
     Args:
         trainer: The running trainer.
@@ -58,7 +56,10 @@ def reconstructed(
         network: What of it is run.
         calls: The children that `network` holds, or None if it is the module itself.
         count: How many training batches; 0 fits nothing.
-        change: The cut.
+        change: The cut, which was not made yet.
+
+    Returns:
+        What is to be called once it was made.
     """
     found = {}
     if count:
@@ -68,13 +69,16 @@ def reconstructed(
     modules = (pl_module, *averaged_modules(trainer)) if found else ()
     layers = [(m.get_submodule(name), name, fit) for m in modules for name, fit in found.items()]
     made = [rewritten(layer, change, name, fit) for layer, name, fit in layers]
-    yield
     # The same to the last bit on every rank, or they would drift apart.
     made = trainer.strategy.broadcast(made)
-    with torch.no_grad():
-        for (layer, _, _), tensors in zip(layers, made, strict=True):
-            for name, tensor in tensors.items():
-                layer.get_parameter(name).copy_(tensor)
+
+    def put() -> None:
+        with torch.no_grad():
+            for (layer, _, _), tensors in zip(layers, made, strict=True):
+                for name, tensor in tensors.items():
+                    layer.get_parameter(name).copy_(tensor)
+
+    return put
 
 
 def _runs(

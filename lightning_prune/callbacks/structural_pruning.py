@@ -16,7 +16,7 @@ from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._latency import Stopwatch
 from lightning_prune.callbacks._learning import Learning
 from lightning_prune.callbacks._preflight import show
-from lightning_prune.callbacks._recalibrate import recalibrate_norms, reconstructed
+from lightning_prune.callbacks._recalibrate import recalibrate_norms, reconstruction
 from lightning_prune.callbacks._structure_callback import StructureCallback
 from lightning_prune.deploy.timing import Target
 from lightning_prune.errors import ConfigurationError
@@ -331,8 +331,8 @@ class StructuralPruning(StructureCallback):
         if change:
             emit(trainer, "on_before_pruning", pl_module)
             self._cutting = True
-            with reconstructed(trainer, pl_module, network, self._calls, self.reconstruct, change):
-                follow(trainer, pl_module, change)
+            put = reconstruction(trainer, pl_module, network, self._calls, self.reconstruct, change)
+            follow(trainer, pl_module, change, put)
             self._cutting = False
             if self.recalibrate:
                 recalibrate_norms(trainer, pl_module, network, self._calls, self.recalibrate)

@@ -14,18 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.cost import copied, eval_mode
 from lightning_prune.structure.surgery import Change
 
 # A matrix of as many rows and columns takes a quarter of a gigabyte.
 _MOST_INPUTS = 8192
-# Places of one sample at which a convolution is looked at.
-_MOST_PLACES = 256
-# How much of an input's mean square the channels that stay are made noisier by: what is told from too few
-# samples is no more than a guess.
-_RIDGE = 1e-2
+# How many inputs of a layer's are looked at in a batch.
+_MOST_ROWS = 8192
+# By how much of their mean square the inputs that stay are taken to be noisy, at least.
+_NOISE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def fits(
     Example:
         >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 1, bias=False))
         >>> change = Change({"1.weight": ((1, torch.tensor([0])),)})
-        >>> x = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+        >>> x = torch.tensor([[1.0, 2.0], [2.0, 4.0]]).repeat(99, 1)
         >>> fits(net, change, [lambda net: net(x)])["1"].told.float().round(decimals=1)
         tensor([[1.],
                 [2.]])
@@ -96,9 +94,8 @@ def fits(
         return {}
     twin = copied(module)
     seen = {name: _Inputs(twin.get_submodule(name)) for name in names}
-    handles: list[RemovableHandle] = []
     for name, inputs in seen.items():
-        handles.append(twin.get_submodule(name).register_forward_pre_hook(inputs))
+        twin.get_submodule(name).register_forward_pre_hook(inputs)
     with torch.no_grad(), eval_mode(twin):
         for run in runs:
             run(twin)
@@ -163,7 +160,8 @@ def _readers(module: nn.Module, change: Change) -> dict[str, Tensor]:
 def _rows(layer: nn.Module, x: Tensor) -> Tensor:
     """Lay out what a layer's weights are multiplied with: shape (places, inputs)."""
     if isinstance(layer, nn.Linear):
-        return x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[:: -(-len(rows) // _MOST_ROWS) or 1]
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     if x.dim() == len(kernel) + 1:
@@ -176,7 +174,7 @@ def _rows(layer: nn.Module, x: Tensor) -> Tensor:
         for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
     ]
     apart = 1
-    while _number(places, apart) > _MOST_PLACES:
+    while len(x) * _number(places, apart) > _MOST_ROWS and apart < max(places):
         apart += 1
     stride = tuple(s * min(apart, n) for s, n in zip(stride, places, strict=True))
     return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1)
@@ -216,7 +214,8 @@ def _solved(inputs: _Inputs, channels: Tensor, mean: Callable[[Tensor], Tensor])
     stays = torch.zeros(len(average), dtype=torch.bool)
     stays[kept] = True
     known = products[kept][:, kept]
-    noise = _RIDGE * known.diagonal().mean().clamp_min(1e-12)
+    # What is told from few samples is no more than a guess.
+    noise = (_NOISE + len(kept) / count) * known.diagonal().mean().clamp_min(1e-12)
     known = known + noise * torch.eye(len(kept), dtype=known.dtype)
     told = torch.zeros(len(average), len(kept), dtype=products.dtype)
     told[kept, torch.arange(len(kept))] = 1.0

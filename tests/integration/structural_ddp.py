@@ -104,6 +104,7 @@ def main(folder: Path, variant: str) -> None:
             round_to=1,
             importance=importance,
             recalibrate=2 * (variant == "recalibrate"),
+            reconstruct=2 * (variant == "recalibrate"),
         )
     ]
     if variant == "joint":

@@ -9,14 +9,16 @@ import pytest
 import torch
 from magnitude_cases import LIGHTNING_WARNINGS, data, trainer
 from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from structural_cases import Net, assert_equal_state
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune.callbacks._inputs import training_batches
 from lightning_prune.callbacks.after_pruning import AfterPruning
+from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
+from lightning_prune.cost import eval_mode
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Schedule
 from lightning_prune.structure.budget import Budget
@@ -80,11 +82,57 @@ def test_statistics_are_those_of_the_first_batches_and_nothing_else_changes(tmp_
             torch.testing.assert_close(fresh[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_resumed_run_recalibrates_alike(tmp_path):
+class OutputAtCut(Callback):
+    """What the module gives for a batch before the first cut, and right after it."""
+
+    def __init__(self) -> None:
+        self.x = next(iter(data()))[0]
+        self.outputs: list[torch.Tensor] = []
+        self.zeros: list[int] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 2 and batch_idx == 0:
+            self._look(pl_module)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self._look(pl_module)
+
+    def _look(self, pl_module):
+        with eval_mode(pl_module), torch.no_grad():
+            self.outputs.append(pl_module(self.x))
+        weights = [value for name, value in pl_module.named_parameters() if name.endswith("0.weight")]
+        self.zeros.append(sum(int((weight == 0).sum()) for weight in weights))
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_cut_that_reconstructs_changes_less_of_what_the_network_gives(tmp_path, averaged):
+    errors = []
+    for batches in (0, 4):
+        watch = OutputAtCut()
+        extra = [WeightAveraging(avg_fn=lambda old, new, _: (old + new) / 2)] if averaged else []
+        fit = trainer(tmp_path, pruning(reconstruct=batches), watch, *extra, max_epochs=3)
+        fit.fit(Net("adamw"), data())
+        before, after = watch.outputs
+        errors.append(float((after - before).pow(2).mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_zeros_stay_zeros_where_a_cut_reconstructs(tmp_path):
+    watch, zeros = OutputAtCut(), MagnitudePruning(0.5, schedule=Schedule("one_shot", 1, unit="epoch"))
+    net = Net()
+    trainer(tmp_path, zeros, pruning(reconstruct=4), watch, max_epochs=3).fit(net, data())
+    left = sum(value.numel() for name, value in net.named_parameters() if name.endswith("0.weight"))
+    before, after = watch.zeros
+    assert before > after > 0.4 * left
+
+
+@pytest.mark.parametrize("again", ["recalibrate", "reconstruct"])
+def test_a_resumed_run_estimates_alike(tmp_path, again):
     def fit(folder, ckpt_path=None, *extra):
         keep = ModelCheckpoint(folder, save_last=True, save_top_k=-1)
         net = Net("adamw", seed=1 if ckpt_path else 0)
-        parts = [pruning(schedule=Schedule("linear", 1, 3, unit="epoch"), recalibrate=2), keep, *extra]
+        parts = [pruning(schedule=Schedule("linear", 1, 3, unit="epoch"), **{again: 2}), keep, *extra]
         by_epoch = DistributedSampler(data().dataset, num_replicas=1, rank=0, shuffle=True)
         loader = DataLoader(data().dataset, batch_size=8, sampler=by_epoch)
         run = trainer(folder, *parts, max_epochs=5, enable_checkpointing=True)
@@ -143,10 +191,11 @@ def test_networks_that_steps_call_by_themselves_are_recalibrated(tmp_path):
     assert moved == {name for name in plain.state if "running" in name} != set()
 
 
+@pytest.mark.parametrize("argument", ["recalibrate", "reconstruct"])
 @pytest.mark.parametrize("value", [-1, 1.5, True, "8"], ids=str)
-def test_wrong_numbers_of_batches_are_refused(value):
-    with pytest.raises(ConfigurationError, match="recalibrate"):
-        pruning(recalibrate=value)
+def test_wrong_numbers_of_batches_are_refused(argument, value):
+    with pytest.raises(ConfigurationError, match=argument):
+        pruning(**{argument: value})
 
 
 def test_selection_waits_for_the_last_cut(tmp_path):
