@@ -68,8 +68,9 @@ def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
     task = TASKS[arguments.task]
     options = task.pruning | dict(arguments.set or [])
     epochs = arguments.epochs or task.tune
-    # Not in the first epoch, in which gradients have to be seen by some importances.
-    until = max(2, round(epochs * options.pop("until", UNTIL)))
+    until = options.pop("until", UNTIL)
+    # Gradually, or at once before the first epoch, in which no gradients were seen yet.
+    until = max(2, round(epochs * until)) if until else 0
     zeros = {
         "criterion": options.pop("criterion", "magnitude"),
         "scope": options.pop("zeros_scope", "global"),
@@ -77,7 +78,7 @@ def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
     zeros_until = options.pop("zeros_until", ZEROS_UNTIL)
     if method == "magnitude":
         return [MagnitudePruning(arguments.zeros, schedule=Schedule("cubic", end=zeros_until), **zeros)]
-    first = Schedule("cubic", begin=0, end=until, unit="epoch")
+    first = Schedule("cubic" if until else "one_shot", begin=0, end=until, unit="epoch")
     callbacks: list[Callback] = [StructuralPruning(Budget(macs=arguments.macs), schedule=first, **options)]
     if method == "joint":
         after = Schedule("cubic", begin=until, end=until + max(1, round(0.3 * epochs)), unit="epoch")
