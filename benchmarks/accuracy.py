@@ -128,8 +128,12 @@ class Reseed(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.manual_seed(self.seed + 1000 * trainer.current_epoch)
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not where the epoch starts: before its first batch, loaders draw more in a resumed run.
+        if batch_idx == 0:
+            torch.manual_seed(self.seed + 1000 * trainer.current_epoch)
 
 
 def trainer_for(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -23,7 +28,7 @@ def parts() -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(
         **{
             name: importlib.import_module(name)
-            for name in ("data", "detection", "accuracy", "networks", "tasks")
+            for name in ("data", "detection", "accuracy", "learning", "networks", "tasks")
         }
     )
     sys.path.remove(str(BENCHMARKS))
@@ -129,3 +134,78 @@ def test_the_peer_is_trained_in_train_mode(parts: SimpleNamespace) -> None:
     task = parts.tasks.TASKS["resnet8"]
     network = parts.accuracy.torch_pruning(task.network(task.width), task, 0.9)
     assert all(layer.training for layer in network.modules())
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+class Kill(Callback):
+    """Ends a run in the middle of its third epoch."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.current_epoch == 2 and batch_idx == 1:
+            raise Killed
+
+
+@pytest.fixture
+def toy(parts: SimpleNamespace) -> Any:
+    def network(width: int) -> nn.Module:
+        layers = (nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 3))
+        return nn.Sequential(*layers)
+
+    random = torch.Generator().manual_seed(0)
+    split = (torch.randn(64, 6, generator=random), torch.randint(0, 3, (64,), generator=random))
+    recipe = parts.learning.Recipe(lr=0.1, teach=0.5)
+    read = lambda root: {"train": split, "val": split, "all": split, "test": split}  # noqa: E731
+    return parts.tasks.Task("toy", network, 16, (6,), 3, read, recipe=recipe, batch=16)
+
+
+def trained(parts: SimpleNamespace, toy: Any, folder: Path, *extra: Callback) -> dict[str, torch.Tensor]:
+    """Train a toy network with a teacher, pruning it, as the benchmark does."""
+    arguments = SimpleNamespace(
+        accelerator="cpu", precision="32-true", progress=False, choose=False, task="toy", macs=0.5,
+        epochs=4, set=[], zeros=0.8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = toy.network(16)
+    teacher = parts.learning.Teacher(dense, folder / "answers")
+    module = toy.learner(copy.deepcopy(dense), 3, toy.recipe, teacher)
+    callbacks = [*parts.accuracy.our_callbacks("structural", arguments), *extra]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts.accuracy.fit(module, toy, toy.read(None), folder, 4, 1, arguments, callbacks)
+    return dict(module.network.state_dict())
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    parts: SimpleNamespace, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parts.accuracy.TASKS, "toy", toy)
+    whole = trained(parts, toy, tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(parts, toy, tmp_path / "killed", Kill())
+    assert torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)["epoch"] == 1
+    torch.manual_seed(9)
+    resumed = trained(parts, toy, tmp_path / "killed")
+    assert whole["0.weight"].shape[0] < 16
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_answers_that_were_kept_are_the_teachers(parts: SimpleNamespace, tmp_path: Path) -> None:
+    network, batches = nn.Linear(3, 2), torch.randn(4, 5, 3)
+    teacher = parts.learning.Teacher(network, tmp_path)
+    given = [teacher.answers(x, 0, i) for i, x in enumerate(batches)]
+    for x, answer in zip(batches, given, strict=True):
+        torch.testing.assert_close(answer, network(x).detach(), rtol=0, atol=0)
+    teacher.keep(0, 5)
+    assert not list(tmp_path.iterdir()), "an epoch that was not seen whole is not kept"
+    teacher.keep(0, 4)
+    nn.init.zeros_(network.weight)
+    forgetful = parts.learning.Teacher(network, tmp_path)
+    for i, x in enumerate(batches):
+        assert torch.equal(forgetful.answers(x, 0, i), given[i])
+    assert not torch.equal(forgetful.answers(batches[0], 1, 0), given[0])
