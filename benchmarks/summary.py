@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -304,6 +305,10 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         single = [one.title for one in everything if one.method != "dense" and len(one.seeds) == 1]
         if single:
             yield f"{task}: one seed only of {'; '.join(single)}."
+        cut_short = {one.seeds[0]["epochs"] for one in everything if re.search(r"\d+epochs$", one.title)}
+        if cut_short:
+            epochs = " or ".join(map(str, sorted(cut_short)))
+            yield f"{task}: trained for {epochs} epochs only, fewer than the script's own number."
         yield from better_peers(everything)
     for engine in ("onnxruntime", "openvino"):
         for one in timed(found, engine):

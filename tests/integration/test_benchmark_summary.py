@@ -35,7 +35,7 @@ def results(folder: Path, choose: bool = False) -> Path:
     }  # fmt: skip
     resnet8 = {
         "dense": [run_of("dense", 0, 0.87, 0.87, 10)],
-        "structural": [run_of("structural", 0, 0.8, 0.8499, 5)],
+        "structural, 7epochs": [run_of("structural", 0, 0.8, 0.8499, 5)],
     }
     p50 = {"dense": 20.0, "dense.int8": 10.0, "pruned": 12.0, "pruned.int8": 3.0}
     timed = {
@@ -94,6 +94,8 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
     assert "keywords: torch-pruning, macs0.5 is better by 0.50 points than structural, macs0.5." in weak
     assert "than structural, macs0.4" not in weak  # which has fewer MACs
     assert "one seed only of structural, macs0.4; torch-pruning, macs0.5" in weak
+    assert "resnet8: trained for 7 epochs only" in weak
+    assert "keywords: trained for" not in weak
     assert "the machine was noisy" in weak
 
 
