@@ -70,8 +70,8 @@ class StructuralPruning(StructureCallback):
             estimated anew after each cut; 0 leaves them to training. Nothing else changes.
         reconstruct: With how many training batches the layers that read what goes are fitted in each cut, by
             least squares, so that they give about what they gave (He et al. 2017, arXiv:1707.06168, equation
-            1); 0 takes their weights as they are. It saves training after the cut. Convolutions with groups,
-            transposed ones and layers with over 8,192 inputs stay as they are.
+            1); 0 takes their weights as they are. It helps where little training follows. Convolutions with
+            groups, transposed ones and layers with over 8,192 inputs stay as they are.
 
     Raises:
         ConfigurationError: An argument is wrong; what depends on the module, before training starts.
