@@ -67,6 +67,15 @@ class Runs:
         return str(self.seeds[0]["method"])
 
     @property
+    def epochs(self) -> int:
+        return int(self.seeds[0]["epochs"])
+
+    @property
+    def budget(self) -> tuple[str, ...]:
+        """What had to remain."""
+        return tuple(part for part in self.title.split(", ") if re.fullmatch(r"(macs|zeros)[\d.]+", part))
+
+    @property
     def fewer(self) -> float:
         """How many times fewer MACs than the dense network; the least of the seeds."""
         return float(min(self.dense["float"]["macs"] / run["float"]["macs"] for run in self.seeds))
@@ -116,6 +125,24 @@ def runs_of(found: dict[str, dict[str, Any]], task: str) -> list[Runs]:
     return [Runs(task, title, seeds, runs["dense"][0]) for title, seeds in runs.items()]
 
 
+def longest(everything: list[Runs]) -> list[Runs]:
+    """Leave out what was also trained for more epochs, by the same method to the same budget.
+
+    Not the better ones by their result: they would be chosen by the test set.
+    """
+    most: dict[tuple[str, tuple[str, ...]], int] = {}
+    for one in everything:
+        key = (one.method, one.budget)
+        most[key] = max(most.get(key, 0), one.epochs)
+    return [one for one in everything if one.epochs == most[one.method, one.budget]]
+
+
+def shown(everything: list[Runs]) -> list[Runs]:
+    """Leave only the longest, and beside another method's longest what was trained as long."""
+    lengths = {(one.budget, one.epochs) for one in longest(everything)}
+    return [one for one in everything if (one.budget, one.epochs) in lengths]
+
+
 def spread(values: Iterable[float], digits: int = 2, sign: str = "+") -> str:
     """Write the mean with the standard deviation over seeds, and how many there are."""
     values = list(values)
@@ -138,7 +165,7 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
         numbers: Callable[[Runs, str], list[float]],
         sign: str,
     ) -> list[tuple[str, float, str]]:
-        chosen = [runs for runs in runs_of(found, task) if suits(runs)]
+        chosen = [runs for runs in longest(runs_of(found, task)) if suits(runs)]
         return [
             (f"{one.fewer:.2f}x, {one.title}", statistics.mean(values), spread(values, sign=sign))
             for one in chosen
@@ -235,12 +262,12 @@ def verdict(goal: Goal, value: float) -> str:
 
 
 def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Lay out all configurations of all tasks."""
+    """Lay out the configurations of all tasks."""
     rows: list[list[object]] = []
     for task in ACCURACY:
-        for one in runs_of(found, task):
+        for one in shown(runs_of(found, task)):
             left = one.seeds[0]["float"]
-            cells: list[object] = [f"[{task}](results/accuracy_{task}.md)", one.title, one.seeds[0]["epochs"]]
+            cells: list[object] = [f"[{task}](results/accuracy_{task}.md)", one.title, one.epochs]
             cells += [spread(one.scores("float"), sign=""), spread(one.scores("int8"), sign="")]
             cells += [f"{one.fewer:.2f}x", f"{1 - left['nonzero'] / left['parameters']:.0%}"]
             rows.append([*cells, f"{one.gzipped('int8') / 1e3:,.1f}"])
@@ -301,14 +328,15 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
                 wanted = goal.aim if goal.least is None else goal.least
                 yield f"{goal.what}: {text} where {wanted:g} was wanted ({name})."
     for task in ACCURACY:
-        everything = runs_of(found, task)
+        everything = shown(runs_of(found, task))
         single = [one.title for one in everything if one.method != "dense" and len(one.seeds) == 1]
         if single:
             yield f"{task}: one seed only of {'; '.join(single)}."
-        cut_short = {one.seeds[0]["epochs"] for one in everything if re.search(r"\d+epochs$", one.title)}
+        cut_short = {one.epochs for one in everything if re.search(r"\d+epochs$", one.title)}
         if cut_short:
             epochs = " or ".join(map(str, sorted(cut_short)))
-            yield f"{task}: trained for {epochs} epochs only, fewer than the script's own number."
+            yield f"{task}: trained for {epochs} epochs, not for the script's own number."
+        yield from shorter_peers(everything)
         yield from better_peers(everything)
     for engine in ("onnxruntime", "openvino"):
         for one in timed(found, engine):
@@ -325,6 +353,20 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         # Accuracy does not depend on what else runs.
         if load > max(cores, 1) and not name.startswith("accuracy_"):
             yield f"{name} was measured on a busy machine (load {load:.1f}, {cores or 'unknown'} cores)."
+
+
+def shorter_peers(everything: list[Runs]) -> Iterator[str]:
+    """Say where what one would use instead was trained for less than ours."""
+    ends = longest(everything)
+    for ours, theirs in (
+        ("structural", "torch-pruning"),
+        ("structural", "small"),
+        ("magnitude", "ModelPruning"),
+    ):
+        for one in (one for one in ends if one.method == ours):
+            for peer in (peer for peer in ends if (peer.method, peer.budget) == (theirs, one.budget)):
+                if peer.epochs < one.epochs:
+                    yield f"{one.task}: {peer.title} was trained for less long than {one.title}."
 
 
 def better_peers(everything: list[Runs]) -> Iterator[str]:
@@ -386,7 +428,7 @@ def main() -> None:
     folder = arguments.results
     found = read(folder)
     plots = charts.draw(
-        {task: runs_of(found, task) for task in ACCURACY},
+        {task: shown(runs_of(found, task)) for task in ACCURACY},
         {engine: timed(found, engine) for engine in ("onnxruntime", "openvino")},
         folder,
     )
