@@ -53,7 +53,8 @@ class StructuralPruning(StructureCallback):
         scope: `"global"`: the least important channels anywhere; `"layer"`: every layer shrinks alike;
             `"isomorphic"`: ranked among layers of the same kind, and all kinds shrink alike.
         round_to: Widths become multiples of this. `"auto"`: of 16, 8 or 4, the largest that leaves a layer a
-            choice, because one channel more or less can make a layer several times slower.
+            choice, because one channel more or less can make a layer several times slower. Where that would
+            take over 3 % more than a budget asks, a few layers get the multiples of 8 or 4 in between.
         max_ratio: The largest fraction of a layer's channels that may go.
         target: Where a budget of latency counts; None is this machine, on one thread.
         latency_table: Where the times are kept that a budget of latency is planned with, as a JSON file. They

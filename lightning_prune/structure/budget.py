@@ -1,13 +1,8 @@
-"""Deciding what goes: budgets, the widths a group may take, and the search that meets a budget.
-
-Every group can shrink in steps, from one allowed width to the next. All steps of all groups are put in one
-order, and the shortest prefix of it that meets the budget is the plan, less whatever steps in it turn out not
-to be needed: of what is left, no step can be undone without going over the budget.
-"""
+"""Deciding what goes: budgets, the widths a group may take, and the order in which groups take them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil, inf, lcm
 
@@ -15,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import BudgetError, ConfigurationError
-from lightning_prune.structure.costs import Kept
 from lightning_prune.structure.groups import Group, Member
+from lightning_prune.structure.steps import Step
 
 SCOPES = ("global", "isomorphic", "layer")
+# Of how many channels widths are multiples with `round_to="auto"`, from the fastest to run to the finest.
+AUTO = (16, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -109,28 +106,13 @@ class Budget:
         return 1.0 - level * (1.0 - self.fraction)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One group's way from one allowed width to the next.
-
-    Attributes:
-        key: What the steps of all groups are ordered by.
-        group: The group's name.
-        kept: The channels that stay after it.
-    """
-
-    key: float
-    group: str
-    kept: Tensor
-
-
 def granularity(group: Group, dense: int, round_to: int | str) -> int:
     """Say of what number a group's width must be a multiple once it is cut.
 
     Args:
         group: The group.
         dense: Its width in the dense network.
-        round_to: A number, or `"auto"`: 16, 8 or 4, the largest that leaves the group at least two widths.
+        round_to: A number, or `"auto"`: of `AUTO`, the largest that leaves the group at least two widths.
             One channel off a multiple of 4 can make a layer several times slower on real runtimes.
 
     Returns:
@@ -148,7 +130,8 @@ def granularity(group: Group, dense: int, round_to: int | str) -> int:
 
     if round_to != "auto":
         return multiple(int(round_to))
-    return next((m for m in map(multiple, (16, 8)) if 2 * m <= dense), multiple(4))
+    *coarse, finest = map(multiple, AUTO)
+    return next((m for m in coarse if 2 * m <= dense), finest)
 
 
 def widths(group: Group, dense: int, round_to: int | str, max_ratio: float) -> list[int]:
@@ -287,72 +270,6 @@ def _by_block(group: Group, scores: Tensor) -> Tensor:
     """The atoms of each block, most important first, shape (blocks, atoms of a block)."""
     ranked = torch.argsort(scores, descending=True, stable=True)
     return torch.stack([ranked[group.block[ranked] == block] for block in range(group.blocks)])
-
-
-def kept_after(steps: Sequence[Step], count: int) -> dict[str, Tensor]:
-    """Say what each group keeps after the first `count` steps.
-
-    Example:
-        >>> kept_after([Step(0.1, "conv", torch.tensor([0])), Step(0.2, "fc", torch.tensor([1]))], 1)
-        {'conv': tensor([0])}
-    """
-    return {step.group: step.kept for step in steps[:count]}
-
-
-def search(steps: Sequence[Step], fits: Callable[[Kept], bool]) -> int:
-    """Find the fewest steps that meet a budget, by bisection.
-
-    Args:
-        steps: The steps in order.
-        fits: Whether the network meets it when each group keeps these channels; never changes from yes to no
-            with more steps.
-
-    Returns:
-        How many steps. All of them if none meets it.
-
-    Example:
-        >>> steps = [Step(0.1, "a", torch.arange(3)), Step(0.2, "a", torch.arange(2))]
-        >>> search(steps, lambda kept: len(kept.get("a", range(4))) <= 3)
-        1
-    """
-    low, high = 0, len(steps)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(kept_after(steps, middle)) else (middle + 1, high)
-    return low
-
-
-def give_back(steps: Sequence[Step], fits: Callable[[Kept], bool]) -> dict[str, Tensor]:
-    """Undo steps that are not needed, the most important first.
-
-    Args:
-        steps: The steps of a plan that meets the budget, in order.
-        fits: Whether the network meets it when each group keeps these channels.
-
-    Returns:
-        What each group keeps; undoing one more step of any group would not meet the budget any more.
-
-    Example:
-        >>> steps = [Step(0.1, "a", torch.arange(3)), Step(0.2, "b", torch.arange(1))]
-        >>> cost = lambda kept: len(kept.get("a", range(4))) + 10 * len(kept.get("b", range(2)))
-        >>> sorted(give_back(steps, lambda kept: cost(kept) <= 14))
-        ['b']
-    """
-    chains: dict[str, list[Tensor]] = {}
-    for step in steps:
-        chains.setdefault(step.group, []).append(step.kept)
-    kept = kept_after(steps, len(steps))
-    for group in dict.fromkeys(step.group for step in reversed(steps)):
-        chain = chains[group]
-        while chain:
-            wider = {name: stay for name, stay in kept.items() if name != group}
-            if len(chain) > 1:
-                wider[group] = chain[-2]
-            if not fits(wider):
-                break
-            kept = wider
-            chain.pop()
-    return kept
 
 
 def check_search_arguments(scope: str, round_to: int | str, max_ratio: float) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from lightning_prune.errors import BudgetError, ConfigurationError
-from lightning_prune.structure.budget import Budget, Step, give_back, kept_after, kinds_of, order, search
+from lightning_prune.structure.budget import AUTO, Budget, kinds_of, order
 from lightning_prune.structure.costs import METERS, Costs, Example, Kept, Meter
 from lightning_prune.structure.graph import trace
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.importance import IMPORTANCES, magnitude
+from lightning_prune.structure.steps import Step, fill, give_back, kept_after, search
 from lightning_prune.structure.surgery import Change, change_for
 from lightning_prune.structure.verify import failing, prove
 
+# With `round_to="auto"`, how much of what a budget allows has to remain before widths are kept coarse.
+_CLOSE = 0.97
 _AMOUNTS = {"channels": "channels", "params": "parameters", "macs": "MACs", "latency": "latency"}
 
 
@@ -155,7 +159,8 @@ def foresee(
     least = kept_after(steps, len(steps))
     costs.confirm(least)
     smallest = costs(least)
-    kept = _meet(steps, costs, allowed)
+    finer = partial(_finer, module, groups, recipe, dense)
+    kept = _meet(steps, costs, allowed, finer, _CLOSE * allowed)
     if kept is None:
         raise _unreachable(recipe, dense, groups, smallest)
     return Outlook(kind, dense.costs[kind], costs({}), allowed, costs(kept), smallest)
@@ -174,6 +179,7 @@ def plan(
     """Choose what goes so that the network meets its budget at a level of the schedule.
 
     The result is at or under the budget, and no group could keep its next larger width without being over.
+    With `round_to="auto"`, groups get widths in between as long as it is over 3 % under the whole budget.
 
     Args:
         module: The network as it is now.
@@ -194,13 +200,15 @@ def plan(
     """
     kind = recipe.budget.kind
     allowed = dense.costs[kind] * recipe.budget.fraction_at(level)
+    close = _CLOSE * dense.costs[kind] * recipe.budget.fraction
     costs = (meter or METERS[kind])(module, groups, example)
     if costs.within({}, allowed):
         return Change()
     groups = list(groups)
     while True:
         steps = _steps(module, groups, recipe, dense, scores)
-        kept = _meet(steps, costs, allowed)
+        finer = partial(_finer, module, groups, recipe, dense, scores)
+        kept = _meet(steps, costs, allowed, finer, close)
         if kept is None:
             raise _unreachable(recipe, dense, groups, costs(kept_after(steps, len(steps))))
         failed = failing(module, groups, kept, *example.single)
@@ -210,11 +218,23 @@ def plan(
         groups = [replace(g, reason="a trial cut failed") if g.name in failed else g for g in groups]
 
 
-def _meet(steps: Sequence[Step], costs: Costs, allowed: float) -> dict[str, Tensor] | None:
-    """Find what to keep so that the cost is allowed and no step of it could be undone; None if nothing is."""
+def _meet(
+    steps: Sequence[Step],
+    costs: Costs,
+    allowed: float,
+    finer: Callable[[], Iterator[list[Step]]],
+    close: float,
+) -> dict[str, Tensor] | None:
+    """Find what to keep so that the cost is allowed and no step of it could be undone; None if nothing is.
+
+    Less than `close` is left only where none of the `finer` steps helps.
+    """
 
     def fits(kept: Kept) -> bool:
         return costs.within(kept, allowed)
+
+    def enough(kept: Kept) -> bool:
+        return not costs.within(kept, close)
 
     while True:
         count = search(steps, fits)
@@ -224,6 +244,9 @@ def _meet(steps: Sequence[Step], costs: Costs, allowed: float) -> dict[str, Tens
                 return None
             continue
         kept = give_back(steps[:count], fits)
+        if not enough(kept):
+            for smaller in finer():
+                kept = fill(kept, smaller, fits, enough)
         if costs.confirm(kept):
             return kept
 
@@ -242,6 +265,22 @@ def _steps(
     scores = {g.name: known[g.name] if g.name in known else score(module, g) for g in free}
     kinds = kinds_of(module, free, recipe.scope)
     return order(free, scores, dense.widths, kinds, round_to=recipe.round_to, max_ratio=recipe.max_ratio)
+
+
+def _finer(
+    module: nn.Module,
+    groups: Sequence[Group],
+    recipe: Recipe,
+    dense: Dense,
+    gathered: Mapping[str, Tensor] | None = None,
+) -> Iterator[list[Step]]:
+    """Work out the steps between the coarse ones of `round_to="auto"`, the larger ones first.
+
+    None for latency, which has no widths in between to offer but by timing each.
+    """
+    if recipe.round_to == "auto" and recipe.budget.kind != "latency":
+        for multiple in AUTO[1:]:
+            yield _steps(module, groups, replace(recipe, round_to=multiple), dense, gathered)
 
 
 def _unreachable(recipe: Recipe, dense: Dense, groups: Sequence[Group], smallest: float) -> BudgetError:

@@ -15,17 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_prune.errors import BudgetError, ConfigurationError
 from lightning_prune.structure.budget import (
     Budget,
-    Step,
     check_search_arguments,
-    give_back,
     granularity,
-    kept_after,
     order,
-    search,
     widths,
 )
 from lightning_prune.structure.groups import Group
 from lightning_prune.structure.plan import Example, Recipe, foresee, measure, plan, survey
+from lightning_prune.structure.steps import Step, fill, give_back, kept_after, search
 from lightning_prune.structure.surgery import apply, change_for
 
 
@@ -196,6 +193,59 @@ def test_search_finds_the_shortest_prefix_and_nothing_can_be_given_back(sizes, s
         now = len(kept.get(str(i), range(size)))
         if now < size:
             assert cost({**kept, str(i): torch.arange(now + 1)}) > allowed
+
+
+@given(
+    sizes=st.lists(st.integers(2, 9), min_size=1, max_size=4),
+    share=st.floats(0.3, 1.0),
+    close=st.floats(0.5, 1.0),
+    data=st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_filling_stays_in_the_budget_and_ends_close_to_it_or_where_no_group_fits_one_more(
+    sizes, share, close, data
+):
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
+    kept = {str(i): torch.arange(data.draw(st.integers(1, size))) for i, size in enumerate(sizes)}
+    steps = [
+        Step(data.draw(st.floats(0, 1)) + turn, str(i), torch.arange(size - 1 - turn))
+        for i, size in enumerate(sizes)
+        for turn in range(size - 1)
+    ]
+    steps.sort(key=lambda s: s.key)
+
+    def cost(kept):
+        return float(sum(weights[int(i)] * len(stay) for i, stay in kept.items()))
+
+    allowed = max(share * sum(w * size for w, size in zip(weights, sizes, strict=True)), cost(kept))
+    filled = fill(kept, steps, lambda kept: cost(kept) <= allowed, lambda kept: cost(kept) > close * allowed)
+    assert cost(filled) <= allowed
+    assert filled.keys() == kept.keys()
+    assert all(len(filled[i]) >= len(kept[i]) for i in kept)
+    if cost(filled) <= close * allowed:
+        for i, size in enumerate(sizes):
+            now = len(filled[str(i)])
+            # The dense width is no step.
+            if now < size - 1:
+                assert cost({**filled, str(i): torch.arange(now + 1)}) > allowed
+
+
+@pytest.mark.parametrize("kind", ["channels", "params", "macs"])
+def test_auto_takes_finer_widths_only_where_coarse_ones_overshoot(kind):
+    torch.manual_seed(0)
+    for inner, coarse in ((32, False), (512, True)):
+        net = torch.nn.Sequential(torch.nn.Linear(8, inner), torch.nn.ReLU(), torch.nn.Linear(inner, 4))
+        example = Example((torch.zeros(2, 8),), {}, ((torch.zeros(1, 8),), {}))
+        groups = survey(net, example)
+        dense = measure(net, groups, example)
+        recipe = Recipe(Budget(**{kind: 0.7}))
+        planned = foresee(net, groups, recipe, dense, example).planned
+        apply(net, plan(net, groups, recipe, dense, 1.0, example))
+        reached = oracle(kind, net, torch.zeros(1, 8), survey(net, example))
+        assert reached == planned
+        # 22.4 of 32 channels: 16 with multiples of 16, 20 with those of 4. 358.4 of 512: 352.
+        assert net[0].out_features == {32: 20, 512: 352}[inner]
+        assert (net[0].out_features % 16 == 0) is coarse
 
 
 def test_the_foreseen_cost_is_what_the_plan_comes_to():
