@@ -54,13 +54,13 @@ class Runs:
         task: Its name.
         title: All that the runs depend on.
         seeds: The raw numbers of each.
-        dense: The raw numbers of the dense network.
+        dense: The raw numbers of the dense network, of each seed it was trained with.
     """
 
     task: str
     title: str
     seeds: list[dict[str, Any]]
-    dense: dict[str, Any]
+    dense: list[dict[str, Any]]
 
     @property
     def method(self) -> str:
@@ -78,15 +78,19 @@ class Runs:
     @property
     def fewer(self) -> float:
         """How many times fewer MACs than the dense network; the least of the seeds."""
-        return float(min(self.dense["float"]["macs"] / run["float"]["macs"] for run in self.seeds))
+        return float(min(self.dense[0]["float"]["macs"] / run["float"]["macs"] for run in self.seeds))
 
     def scores(self, form: str) -> list[float]:
         """Say how good each seed is, in percent; `form` is `"float"` or `"int8"`."""
         return [100 * run[form]["score"] for run in self.seeds]
 
     def changes(self, form: str) -> list[float]:
-        """Say how each seed changed against the dense network in float, in points."""
-        return [score - 100 * self.dense["float"]["score"] for score in self.scores(form)]
+        """Say how each seed changed against the dense network it began with, in float, in points."""
+        began = {run["seed"]: run for run in self.dense}
+        return [
+            score - 100 * began.get(run["seed"], self.dense[0])["float"]["score"]
+            for run, score in zip(self.seeds, self.scores(form), strict=True)
+        ]
 
     def gzipped(self, form: str) -> float:
         """Bytes of the file as gzip leaves it, the mean over seeds."""
@@ -122,7 +126,7 @@ def runs_of(found: dict[str, dict[str, Any]], task: str) -> list[Runs]:
     # What was held out for choices is no test set.
     if "dense" not in runs or raw["config"].get("choose"):
         return []
-    return [Runs(task, title, seeds, runs["dense"][0]) for title, seeds in runs.items()]
+    return [Runs(task, title, seeds, runs["dense"]) for title, seeds in runs.items()]
 
 
 def longest(everything: list[Runs]) -> list[Runs]:

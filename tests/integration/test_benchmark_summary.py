@@ -26,7 +26,7 @@ def results(folder: Path, choose: bool = False) -> Path:
     """DS-CNN at 2.5 times fewer MACs of two seeds, and at twice fewer; one timed network."""
     folder.mkdir(parents=True)
     keywords = {
-        "dense": [run_of("dense", 0, 0.92, 0.91, 1000)],
+        "dense": [run_of("dense", 0, 0.92, 0.91, 1000), run_of("dense", 1, 0.918, 0.91, 1000)],
         "structural, macs0.5": [
             run_of("structural", 0, 0.91, 0.912, 500), run_of("structural", 1, 0.91, 0.908, 500)
         ],
@@ -73,8 +73,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_each_goal_stands_beside_what_was_reached(page: str) -> None:
     (change,) = rows_with(page, "DS-CNN keywords, 2x and int8: points")
-    # 91.2 and 90.8 in int8 against 92 in float; deviation 0.2 * sqrt(2).
-    assert change[1:] == ["-1.2", "-0.6", "**-1.00 ± 0.28 (2 seeds)**", "goal", "2.00x, structural, macs0.5"]
+    # 91.2 and 90.8 in int8 against 92 and 91.8, each seed's own dense network in float.
+    assert change[1:] == ["-1.2", "-0.6", "**-0.90 ± 0.14 (2 seeds)**", "goal", "2.00x, structural, macs0.5"]
     (resnet8,) = rows_with(page, "MLPerf Tiny ResNet-8")
     assert resnet8[3:5] == ["**84.99 (1 seed)**", "missed"]
     (efficiency,) = rows_with(page, "ResNet-18, 2x, ONNX")
