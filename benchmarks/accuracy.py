@@ -32,13 +32,14 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
-from torch import nn
+from torch import Tensor, nn
 
 from common import PACKAGES, RESULTS, environment, option, table, write
 from data import add_data_root
 from learning import Recipe, Teacher
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
+from networks import Rescaled
 from tasks import TASKS, Task, TaskData
 
 METHODS = (
@@ -167,6 +168,21 @@ def base_network(task: Task, name: str, seed: int, arguments: argparse.Namespace
     return network
 
 
+def teacher_of(task: Task, dense: nn.Module, root: Path | None) -> nn.Module:
+    """Say who teaches: the dense network, or another one with published weights for the same samples."""
+    if not task.recipe.teacher:
+        return dense
+    other = TASKS[task.recipe.teacher]
+    if other.shape != task.shape or other.weights is None:
+        raise SystemExit(f"{task.recipe.teacher} has no published weights for the samples of {task.title}")
+    network = other.make(root)
+    if other.scale is task.scale or other.scale is None:
+        return network
+    if task.scale is not Tensor.float:
+        raise SystemExit(f"{task.recipe.teacher} expects samples on another scale than {task.title}")
+    return Rescaled(network, other.scale)
+
+
 def fit(
     module: LightningModule, task: Task, parts: Any, folder: Path, epochs: int, seed: int,
     arguments: argparse.Namespace, callbacks: Sequence[Callback],
@@ -208,8 +224,9 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     teacher = None
     if task.recipe.teach and method != "dense":
         kind = "choose" if arguments.choose else "final"
-        answers = f"answers-{kind}-{arguments.precision}-{seed}"
-        teacher = Teacher(dense, folder_of(name, arguments) / answers)
+        names = ["answers", kind, arguments.precision, str(seed), task.recipe.teacher]
+        answers = folder_of(name, arguments) / "-".join(filter(None, names))
+        teacher = Teacher(teacher_of(task, dense, arguments.data_root), answers)
     module = task.learner(network, task.classes, task.recipe, teacher)
     batches = TaskData(task, parts, arguments.choose, seed)
     start = time.perf_counter()

@@ -25,13 +25,15 @@ class Recipe:
         lr: Highest learning rate: warmed up over 5 % of the steps, then a cosine down to 0.
         optimizer: `"sgd"` (Nesterov momentum 0.9) or `"adamw"`.
         decay: Weight decay of weights; scales and biases have none.
-        teach: How much of the loss is the distance to the dense network's answers.
+        teach: How much of the loss is the distance to a teacher's answers.
+        teacher: The task whose published network teaches; none is the dense network itself.
     """
 
     lr: float = 0.05
     optimizer: str = "sgd"
     decay: float = 1e-4
     teach: float = 0.0
+    teacher: str = ""
 
 
 class Teacher:
