@@ -167,12 +167,15 @@ class Epochs(Sampler[tuple[int, int]]):
         return self.count
 
 
-def pictures(most: int) -> Augment:
-    """Move each picture by up to `most` pixels, zeros coming in, and mirror every second one."""
+def pictures(most: int, edges: str = "constant") -> Augment:
+    """Move each picture by up to `most` pixels, and mirror every second one.
+
+    What comes in at the edges is zeros, or what `torch.nn.functional.pad` makes of another mode.
+    """
 
     def augment(x: Tensor, y: Tensor, random: torch.Generator) -> Split:
         n, _, height, width = x.shape
-        padded = F.pad(x, (most,) * 4)
+        padded = F.pad(x, (most,) * 4, mode=edges)
         rows = torch.arange(height).view(1, 1, -1, 1)
         rows = rows + torch.randint(2 * most + 1, (n, 1, 1, 1), generator=random)
         columns = torch.arange(width).view(1, 1, 1, -1).expand(n, 1, 1, -1)

@@ -39,7 +39,7 @@ class Task:
         recipe: How it is optimized; `recipe.lr` is that of a tuning, a first training takes `base_lr`.
         batch: Samples in a batch.
         scale: Turns samples into what the network expects.
-        augment: Changes batches for training.
+        augment: Makes what changes batches for training, from the recipe.
         learner: Makes the LightningModule from network, classes, recipe and teacher.
         metric: What its validation loop logs.
         pruning: What was better on what is held out than the defaults: arguments of StructuralPruning, and
@@ -59,7 +59,7 @@ class Task:
     base_lr: float = 0.1
     batch: int = 128
     scale: data.Scale | None = None
-    augment: data.Augment | None = None
+    augment: Callable[[Recipe], data.Augment] | None = None
     learner: Callable[..., LightningModule] = Classifier
     metric: str = "val_acc"
     pruning: dict[str, Any] = field(default_factory=dict)
@@ -92,58 +92,62 @@ def _joined(read: Callable[[Path | str | None], dict[str, Split]]) -> Callable[.
     return joined
 
 
+def _moved(recipe: Recipe) -> data.Augment:
+    return data.pictures(4, recipe.edges)
+
+
 TASKS = {
     "keywords": Task(
         "MLPerf Tiny DS-CNN, Speech Commands, speakers apart",
         networks.TinyKeywords, 64, (1, 49, 10), 12, _joined(data.keywords), "mlperf_tiny_dscnn_kws",
-        tune=90, batch=64, augment=data.signals(3, 0.0, axis=2),
+        tune=90, batch=64, augment=lambda _: data.signals(3, 0.0, axis=2),
         recipe=Recipe(lr=0.01, decay=1e-3, teach=0.9),
         pruning={"importance": "taylor", "round_to": 4, "until": 0.2},
     ),
     "resnet8": Task(
         "MLPerf Tiny ResNet-8, CIFAR-10",
         networks.TinyResNet8, 16, (3, 32, 32), 10, _cifar, "mlperf_tiny_resnet8_cifar10",
-        tune=30, augment=data.pictures(4), scale=Tensor.float,
-        recipe=Recipe(lr=0.02, teach=0.9),
+        tune=30, augment=_moved, scale=Tensor.float,
+        recipe=Recipe(lr=0.05, teach=0.9, edges="replicate"),
         pruning={"round_to": 2, "until": 0.2, "reconstruct": 8},
     ),
     "resnet20": Task(
         "ResNet-20, CIFAR-10",
         lambda width: networks.CifarResNet(20, width), 16, (3, 32, 32), 10, _cifar,
-        "resnet20_cifar10", tune=40, augment=data.pictures(4), scale=networks.normalized,
+        "resnet20_cifar10", tune=40, augment=_moved, scale=networks.normalized,
         recipe=Recipe(lr=0.01, teach=0.9),
         pruning={"round_to": 4, "until": 0.25, "reconstruct": 8},
     ),
     "resnet56": Task(
         "ResNet-56, CIFAR-10",
         lambda width: networks.CifarResNet(56, width), 16, (3, 32, 32), 10, _cifar,
-        "resnet56_cifar10", tune=40, augment=data.pictures(4), scale=networks.normalized,
+        "resnet56_cifar10", tune=40, augment=_moved, scale=networks.normalized,
         recipe=Recipe(lr=0.01, teach=0.9),
         pruning={"round_to": 2, "until": 0.25, "reconstruct": 8},
     ),
     "motion_cnn": Task(
         "1-D CNN, MotionSense, people apart",
         networks.MotionCnn, 64, (9, 128), 6, _joined(data.motion),
-        base=25, tune=25, base_lr=2e-3, batch=64, augment=data.signals(16, 0.1),
+        base=25, tune=25, base_lr=2e-3, batch=64, augment=lambda _: data.signals(16, 0.1),
         recipe=Recipe(lr=1e-3, optimizer="adamw", decay=0.05),
     ),
     "motion_gru": Task(
         "convolution and GRU, MotionSense, people apart",
         networks.MotionGru, 64, (9, 128), 6, _joined(data.motion),
-        base=25, tune=25, base_lr=2e-3, batch=64, augment=data.signals(16, 0.1),
+        base=25, tune=25, base_lr=2e-3, batch=64, augment=lambda _: data.signals(16, 0.1),
         recipe=Recipe(lr=1e-3, optimizer="adamw", decay=0.05),
     ),
     "speech": Task(
         "DeepSpeech-like convolutions and GRU, Free Spoken Digit, speakers apart",
         networks.SpeechNet, 32, (40, 96), 10, _joined(data.digits_spoken),
-        base=25, tune=25, base_lr=2e-3, batch=64, augment=data.signals(8, 0.5),
+        base=25, tune=25, base_lr=2e-3, batch=64, augment=lambda _: data.signals(8, 0.5),
         recipe=Recipe(lr=1e-3, optimizer="adamw", decay=0.05),
     ),
     "cells": Task(
         "RetinaNet with a small ResNet, BCCD",
         detection.Retina, 32, (3, 240, 320), 3, _joined(data.cells), scale=detection.scaled,
         base=60, tune=40, base_lr=1e-3, batch=8,
-        augment=data.mirrored_boxes, learner=detection.Detector, metric="val_map",
+        augment=lambda _: data.mirrored_boxes, learner=detection.Detector, metric="val_map",
         recipe=Recipe(lr=5e-4, optimizer="adamw", decay=0.02),
     ),
 }  # fmt: skip
@@ -164,7 +168,8 @@ class TaskData(LightningDataModule):
         super().__init__()
         self.task, self.parts, self.choose, self.seed = task, parts, choose, seed
         x, y = parts["train" if choose else "all"]
-        self.training = Batches(x, y, task.batch, seed=seed, scale=task.scale, augment=task.augment)
+        augment = task.augment and task.augment(task.recipe)
+        self.training = Batches(x, y, task.batch, seed=seed, scale=task.scale, augment=augment)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.training, batch_size=None, sampler=Epochs(len(self.training)))
