@@ -224,8 +224,7 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     teacher = None
     if task.recipe.teach and method != "dense":
         kind = "choose" if arguments.choose else "final"
-        edges = task.recipe.edges.replace("constant", "")
-        names = ["answers", kind, arguments.precision, str(seed), task.recipe.teacher, edges]
+        names = ["answers", kind, arguments.precision, str(seed), task.recipe.teacher, task.recipe.edges]
         answers = folder_of(name, arguments) / "-".join(filter(None, names))
         teacher = Teacher(teacher_of(task, dense, arguments.data_root), answers)
     module = task.learner(network, task.classes, task.recipe, teacher)

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
+from networks import CIFAR_MEAN
+
 Split = tuple[Tensor, Tensor]
 Scale = Callable[[Tensor], Tensor]
 Augment = Callable[[Tensor, Tensor, torch.Generator], Split]
@@ -112,8 +114,8 @@ class Batches(Dataset):
         y: Labels.
         size: Samples in a batch.
         seed: Of the order and the augmentation; None keeps the order and leaves the samples alone.
-        scale: Turns samples into what the network expects.
         augment: Changes samples and labels of a batch for training, with the generator it is given.
+        scale: Turns samples into what the network expects, after that.
     """
 
     def __init__(
@@ -140,11 +142,9 @@ class Batches(Dataset):
         if self.seed is not None:
             index = torch.randperm(len(self.x), generator=random.manual_seed(self.seed + 1000 * epoch))[index]
         x, y = self.x[index], self.y[index]
-        if self.scale is not None:
-            x = self.scale(x)
         if self.seed is not None and self.augment is not None:
             x, y = self.augment(x, y, random.manual_seed((self.seed + 1000 * epoch) * 100_003 + i))
-        return x, y
+        return (x if self.scale is None else self.scale(x)), y
 
 
 class Epochs(Sampler[tuple[int, int]]):
@@ -167,23 +167,32 @@ class Epochs(Sampler[tuple[int, int]]):
         return self.count
 
 
-def pictures(most: int, edges: str = "constant") -> Augment:
+def pictures(most: int, edges: str = "black") -> Augment:
     """Move each picture by up to `most` pixels, and mirror every second one.
 
-    What comes in at the edges is zeros, or what `torch.nn.functional.pad` makes of another mode.
+    Args:
+        most: Pixels, in each direction.
+        edges: What comes in: `"black"`, `"gray"` (the mean colour) or `"replicate"` (what was at the edge).
     """
+    if edges not in ("black", "gray", "replicate"):
+        raise SystemExit(f"edges must be black, gray or replicate, got {edges}")
 
     def augment(x: Tensor, y: Tensor, random: torch.Generator) -> Split:
-        n, _, height, width = x.shape
-        padded = F.pad(x, (most,) * 4, mode=edges)
+        n, channels, height, width = x.shape
         rows = torch.arange(height).view(1, 1, -1, 1)
-        rows = rows + torch.randint(2 * most + 1, (n, 1, 1, 1), generator=random)
+        rows = rows + torch.randint(-most, most + 1, (n, 1, 1, 1), generator=random)
         columns = torch.arange(width).view(1, 1, 1, -1).expand(n, 1, 1, -1)
         mirrored = torch.rand(n, 1, 1, 1, generator=random) < 0.5
         columns = torch.where(mirrored, width - 1 - columns, columns)
-        columns = columns + torch.randint(2 * most + 1, (n, 1, 1, 1), generator=random)
-        flat = (rows * (width + 2 * most) + columns).expand(n, x.shape[1], height, width)
-        return padded.flatten(2).gather(2, flat.flatten(2)).view_as(x), y
+        columns = columns + torch.randint(-most, most + 1, (n, 1, 1, 1), generator=random)
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        flat = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+        flat = flat.expand(n, channels, height, width).flatten(2)
+        moved = x.flatten(2).gather(2, flat).view_as(x)
+        if edges != "replicate":
+            color = torch.tensor(CIFAR_MEAN).mul(255).round() if edges == "gray" else torch.zeros(3)
+            moved = torch.where(inside, moved, color.to(x.dtype).view(1, 3, 1, 1))
+        return moved, y
 
     return augment
 

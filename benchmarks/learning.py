@@ -27,8 +27,8 @@ class Recipe:
         decay: Weight decay of weights; scales and biases have none.
         teach: How much of the loss is the distance to a teacher's answers.
         teacher: The task whose published network teaches; none is the dense network itself.
-        edges: What comes in where pictures are moved, as `torch.nn.functional.pad` names it. A teacher that
-            has seen other edges in its own training is no good one.
+        edges: What comes in where pictures are moved: see `data.pictures`. A teacher that has seen other
+            edges in its own training is no good one.
     """
 
     lr: float = 0.05
@@ -36,7 +36,7 @@ class Recipe:
     decay: float = 1e-4
     teach: float = 0.0
     teacher: str = ""
-    edges: str = "constant"
+    edges: str = "black"
 
 
 class Teacher:
