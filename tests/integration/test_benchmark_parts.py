@@ -66,6 +66,32 @@ def test_a_batch_depends_on_its_epoch_and_number_alone(parts: SimpleNamespace) -
     assert labels[0] != labels[1]
 
 
+@pytest.mark.parametrize(
+    ("edges", "how"), [("black", {}), ("gray", {}), ("replicate", {"mode": "edge"})], ids=str
+)
+def test_pictures_are_moved_and_mirrored_with_the_edges_that_are_asked_for(
+    parts: SimpleNamespace, edges: str, how: dict[str, str]
+) -> None:
+    x = torch.randint(0, 256, (60, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    moved, _ = parts.data.pictures(2, edges)(x, torch.zeros(60), torch.Generator().manual_seed(2))
+    assert moved.dtype == torch.uint8
+    seen = set()
+    for before, after in zip(x.numpy(), moved.numpy(), strict=True):
+        colors = [124, 116, 104] if edges == "gray" else [0, 0, 0]
+        wide = np.stack(
+            [np.pad(c, 2, **(how or {"constant_values": k})) for c, k in zip(before, colors, strict=True)]
+        )
+        cuts = {
+            (a, b, turned): wide[:, a : a + 6, b : b + 5][:, :, :: -1 if turned else 1]
+            for a in range(5)
+            for b in range(5)
+            for turned in (False, True)
+        }
+        seen.add(next(key for key, cut in cuts.items() if np.array_equal(cut, after)))
+    assert len(seen) > 25
+    assert {key[:1] for key in seen} == {(a,) for a in range(5)}
+
+
 def test_mirrored_boxes_stay_on_what_they_mark(parts: SimpleNamespace) -> None:
     x, y = torch.zeros(64, 1, 9, 12), torch.full((64, 2, 5), -1.0)
     x[:, :, 2:5, 3:10], y[:, 0] = 1.0, torch.tensor([3.0, 2.0, 10.0, 5.0, 0.0])
