@@ -76,6 +76,13 @@ class Runs:
         return tuple(part for part in self.title.split(", ") if re.fullmatch(r"(macs|zeros)[\d.]+", part))
 
     @property
+    def rank(self) -> tuple[bool, int]:
+        """What the page shows first: the script's own settings, and of those the longest training."""
+        known = {self.method, *self.budget}
+        others = [part for part in self.title.split(", ") if part not in known]
+        return all(re.fullmatch(r"\w+epochs", part) for part in others), self.epochs
+
+    @property
     def fewer(self) -> float:
         """How many times fewer MACs than the dense network; the least of the seeds."""
         return float(min(self.dense[0]["float"]["macs"] / run["float"]["macs"] for run in self.seeds))
@@ -129,21 +136,21 @@ def runs_of(found: dict[str, dict[str, Any]], task: str) -> list[Runs]:
     return [Runs(task, title, seeds, runs["dense"]) for title, seeds in runs.items()]
 
 
-def longest(everything: list[Runs]) -> list[Runs]:
-    """Leave out what was also trained for more epochs, by the same method to the same budget.
+def first(everything: list[Runs]) -> list[Runs]:
+    """Leave only what stands for its method and budget: see `Runs.rank`.
 
-    Not the better ones by their result: they would be chosen by the test set.
+    Not what came out best: that would be chosen by the test set.
     """
-    most: dict[tuple[str, tuple[str, ...]], int] = {}
+    highest: dict[tuple[str, tuple[str, ...]], tuple[bool, int]] = {}
     for one in everything:
         key = (one.method, one.budget)
-        most[key] = max(most.get(key, 0), one.epochs)
-    return [one for one in everything if one.epochs == most[one.method, one.budget]]
+        highest[key] = max(highest.get(key, one.rank), one.rank)
+    return [one for one in everything if one.rank == highest[one.method, one.budget]]
 
 
 def shown(everything: list[Runs]) -> list[Runs]:
-    """Leave only the longest, and beside another method's longest what was trained as long."""
-    lengths = {(one.budget, one.epochs) for one in longest(everything)}
+    """Leave what stands for its method and budget, and what was trained as long as another method's."""
+    lengths = {(one.budget, one.epochs) for one in first(everything)}
     return [one for one in everything if (one.budget, one.epochs) in lengths]
 
 
@@ -169,7 +176,7 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
         numbers: Callable[[Runs, str], list[float]],
         sign: str,
     ) -> list[tuple[str, float, str]]:
-        chosen = [runs for runs in longest(runs_of(found, task)) if suits(runs)]
+        chosen = [runs for runs in first(runs_of(found, task)) if suits(runs)]
         return [
             (f"{one.fewer:.2f}x, {one.title}", statistics.mean(values), spread(values, sign=sign))
             for one in chosen
@@ -361,7 +368,7 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def shorter_peers(everything: list[Runs]) -> Iterator[str]:
     """Say where what one would use instead was trained for less than ours."""
-    ends = longest(everything)
+    ends = first(everything)
     for ours, theirs in (
         ("structural", "torch-pruning"),
         ("structural", "small"),
