@@ -162,16 +162,21 @@ def test_every_step_drops_the_least_important_that_are_left(channels, scope, see
             assert len(inside) * blocks == len(step.kept)
 
 
-@given(sizes=st.lists(st.integers(2, 9), min_size=1, max_size=4), share=st.floats(0.05, 1.0), data=st.data())
-@settings(max_examples=100, deadline=None)
-def test_search_finds_the_shortest_prefix_and_nothing_can_be_given_back(sizes, share, data):
-    weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
+def drawn_steps(data: st.DataObject, sizes: list[int]) -> list[Step]:
+    """Groups of these sizes, down to one channel, in any order that keeps each group's own."""
     steps = [
         Step(data.draw(st.floats(0, 1)) + turn, str(i), torch.arange(size - 1 - turn))
         for i, size in enumerate(sizes)
         for turn in range(size - 1)
     ]
-    steps.sort(key=lambda s: s.key)
+    return sorted(steps, key=lambda step: step.key)
+
+
+@given(sizes=st.lists(st.integers(2, 9), min_size=1, max_size=4), share=st.floats(0.05, 1.0), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_search_finds_the_shortest_prefix_and_nothing_can_be_given_back(sizes, share, data):
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
+    steps = drawn_steps(data, sizes)
 
     def cost(kept):
         left = {str(i): len(kept.get(str(i), range(size))) for i, size in enumerate(sizes)}
@@ -207,12 +212,7 @@ def test_filling_stays_in_the_budget_and_ends_close_to_it_or_where_no_group_fits
 ):
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     kept = {str(i): torch.arange(data.draw(st.integers(1, size))) for i, size in enumerate(sizes)}
-    steps = [
-        Step(data.draw(st.floats(0, 1)) + turn, str(i), torch.arange(size - 1 - turn))
-        for i, size in enumerate(sizes)
-        for turn in range(size - 1)
-    ]
-    steps.sort(key=lambda s: s.key)
+    steps = drawn_steps(data, sizes)
 
     def cost(kept):
         return float(sum(weights[int(i)] * len(stay) for i, stay in kept.items()))
