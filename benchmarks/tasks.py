@@ -115,14 +115,14 @@ TASKS = {
         "ResNet-20, CIFAR-10",
         lambda width: networks.CifarResNet(20, width), 16, (3, 32, 32), 10, _cifar,
         "resnet20_cifar10", tune=40, augment=_moved, scale=networks.normalized,
-        recipe=Recipe(lr=0.01, teach=0.9),
+        recipe=Recipe(lr=0.03, teach=0.9),
         pruning={"round_to": 4, "until": 0.25, "reconstruct": 8},
     ),
     "resnet56": Task(
         "ResNet-56, CIFAR-10",
         lambda width: networks.CifarResNet(56, width), 16, (3, 32, 32), 10, _cifar,
         "resnet56_cifar10", tune=40, augment=_moved, scale=networks.normalized,
-        recipe=Recipe(lr=0.01, teach=0.9),
+        recipe=Recipe(lr=0.03, teach=0.9),
         pruning={"round_to": 2, "until": 0.25, "reconstruct": 8},
     ),
     "motion_cnn": Task(
