@@ -36,7 +36,7 @@ def draw(tasks: Mapping[str, Sequence[Any]], engines: Mapping[str, Sequence[Any]
     """Draw what there is.
 
     Args:
-        tasks: `{task: its summary.Runs}`.
+        tasks: `{task: its measured.Runs}`.
         engines: `{engine: the raw numbers of each network}`.
         folder: Where `{name}.svg` goes.
 

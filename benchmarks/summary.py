@@ -18,6 +18,7 @@ from typing import Any
 
 import charts
 from common import RESULTS, replace_text, table
+from measured import Runs, first, runs_of, shown
 
 # What has to be there, and the command that makes it.
 ACCURACY = ("resnet56", "resnet20", "resnet8", "keywords", "motion_cnn", "motion_gru", "speech", "cells")
@@ -47,64 +48,6 @@ PLAIN = ("none", "none again", "dense", "dense again")
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The runs of one configuration of a task, which differ by their seed.
-
-    Attributes:
-        task: Its name.
-        title: All that the runs depend on.
-        seeds: The raw numbers of each.
-        dense: The raw numbers of the dense network, of each seed it was trained with.
-    """
-
-    task: str
-    title: str
-    seeds: list[dict[str, Any]]
-    dense: list[dict[str, Any]]
-
-    @property
-    def method(self) -> str:
-        return str(self.seeds[0]["method"])
-
-    @property
-    def epochs(self) -> int:
-        return int(self.seeds[0]["epochs"])
-
-    @property
-    def budget(self) -> tuple[str, ...]:
-        """What had to remain."""
-        return tuple(part for part in self.title.split(", ") if re.fullmatch(r"(macs|zeros)[\d.]+", part))
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """What the page shows first: the script's own settings, and of those the longest training."""
-        known = {self.method, *self.budget}
-        others = [part for part in self.title.split(", ") if part not in known]
-        return all(re.fullmatch(r"\w+epochs", part) for part in others), self.epochs
-
-    @property
-    def fewer(self) -> float:
-        """How many times fewer MACs than the dense network; the least of the seeds."""
-        return float(min(self.dense[0]["float"]["macs"] / run["float"]["macs"] for run in self.seeds))
-
-    def scores(self, form: str) -> list[float]:
-        """Say how good each seed is, in percent; `form` is `"float"` or `"int8"`."""
-        return [100 * run[form]["score"] for run in self.seeds]
-
-    def changes(self, form: str) -> list[float]:
-        """Say how each seed changed against the dense network it began with, in float, in points."""
-        began = {run["seed"]: run for run in self.dense}
-        return [
-            score - 100 * began.get(run["seed"], self.dense[0])["float"]["score"]
-            for run, score in zip(self.seeds, self.scores(form), strict=True)
-        ]
-
-    def gzipped(self, form: str) -> float:
-        """Bytes of the file as gzip leaves it, the mean over seeds."""
-        return statistics.mean(run[form]["compressed_bytes"] for run in self.seeds)
-
-
-@dataclass(frozen=True)
 class Goal:
     """What was wanted of a number.
 
@@ -124,34 +67,6 @@ class Goal:
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Read all raw numbers of a folder, by name."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-
-
-def runs_of(found: dict[str, dict[str, Any]], task: str) -> list[Runs]:
-    """List what was measured of a task's accuracy; nothing without its dense network."""
-    raw = found.get(f"accuracy_{task}", {"config": {}, "results": {}})
-    runs = raw["results"]
-    # What was held out for choices is no test set.
-    if "dense" not in runs or raw["config"].get("choose"):
-        return []
-    return [Runs(task, title, seeds, runs["dense"]) for title, seeds in runs.items()]
-
-
-def first(everything: list[Runs]) -> list[Runs]:
-    """Leave only what stands for its method and budget: see `Runs.rank`.
-
-    Not what came out best: that would be chosen by the test set.
-    """
-    highest: dict[tuple[str, tuple[str, ...]], tuple[bool, int]] = {}
-    for one in everything:
-        key = (one.method, one.budget)
-        highest[key] = max(highest.get(key, one.rank), one.rank)
-    return [one for one in everything if one.rank == highest[one.method, one.budget]]
-
-
-def shown(everything: list[Runs]) -> list[Runs]:
-    """Leave what stands for its method and budget, and what was trained as long as another method's."""
-    lengths = {(one.budget, one.epochs) for one in first(everything)}
-    return [one for one in everything if (one.budget, one.epochs) in lengths]
 
 
 def spread(values: Iterable[float], digits: int = 2, sign: str = "+") -> str:
