@@ -3,7 +3,7 @@
 Every method gets the same data, loss, epochs and learning rates. `tuned` is the dense network trained on for
 as long; `torch-pruning` cuts with Torch-Pruning first and then trains; `ModelPruning` is Lightning's own;
 `small` is the same architecture with fewer channels everywhere, trained from scratch as long. Numbers are
-those of the last epoch, on ONNX files run by ONNX Runtime, on a test set by which nothing was chosen.
+those of the last epoch, on ONNX files run by ONNX Runtime, on a test set.
 
     python benchmarks/accuracy.py keywords --data-root DATA
     python benchmarks/accuracy.py resnet20 --macs 0.606 --methods structural --seeds 0 1 2 --data-root DATA
@@ -32,14 +32,13 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
-from torch import Tensor, nn
+from torch import nn
 
 from common import PACKAGES, RESULTS, environment, option, table, write
 from data import add_data_root
 from learning import Recipe, Teacher
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
-from networks import Rescaled
 from tasks import TASKS, Task, TaskData
 
 METHODS = (
@@ -168,21 +167,6 @@ def base_network(task: Task, name: str, seed: int, arguments: argparse.Namespace
     return network
 
 
-def teacher_of(task: Task, dense: nn.Module, root: Path | None) -> nn.Module:
-    """Say who teaches: the dense network, or another one with published weights for the same samples."""
-    if not task.recipe.teacher:
-        return dense
-    other = TASKS[task.recipe.teacher]
-    if other.shape != task.shape or other.weights is None:
-        raise SystemExit(f"{task.recipe.teacher} has no published weights for the samples of {task.title}")
-    network = other.make(root)
-    if other.scale is task.scale or other.scale is None:
-        return network
-    if task.scale is not Tensor.float:
-        raise SystemExit(f"{task.recipe.teacher} expects samples on another scale than {task.title}")
-    return Rescaled(network, other.scale)
-
-
 def fit(
     module: LightningModule, task: Task, parts: Any, folder: Path, epochs: int, seed: int,
     arguments: argparse.Namespace, callbacks: Sequence[Callback],
@@ -224,9 +208,8 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     teacher = None
     if task.recipe.teach and method != "dense":
         kind = "choose" if arguments.choose else "final"
-        names = ["answers", kind, arguments.precision, str(seed), task.recipe.teacher, task.recipe.edges]
-        answers = folder_of(name, arguments) / "-".join(filter(None, names))
-        teacher = Teacher(teacher_of(task, dense, arguments.data_root), answers)
+        answers = f"answers-{kind}-{arguments.precision}-{seed}-{task.recipe.edges}"
+        teacher = Teacher(dense, folder_of(name, arguments) / answers)
     module = task.learner(network, task.classes, task.recipe, teacher)
     batches = TaskData(task, parts, arguments.choose, seed)
     start = time.perf_counter()

@@ -25,8 +25,7 @@ class Recipe:
         lr: Highest learning rate: warmed up over 5 % of the steps, then a cosine down to 0.
         optimizer: `"sgd"` (Nesterov momentum 0.9) or `"adamw"`.
         decay: Weight decay of weights; scales and biases have none.
-        teach: How much of the loss is the distance to a teacher's answers.
-        teacher: The task whose published network teaches; none is the dense network itself.
+        teach: How much of the loss is the distance to the dense network's answers.
         edges: What comes in where pictures are moved: see `data.pictures`. A teacher that has seen other
             edges in its own training is no good one.
     """
@@ -35,7 +34,6 @@ class Recipe:
     optimizer: str = "sgd"
     decay: float = 1e-4
     teach: float = 0.0
-    teacher: str = ""
     edges: str = "black"
 
 

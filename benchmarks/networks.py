@@ -5,30 +5,12 @@ Not a benchmark itself. Scripts in this folder import it as `networks`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CIFAR_MEAN = (0.485, 0.456, 0.406)
 CIFAR_DEVIATION = (0.229, 0.224, 0.225)
-
-
-class Rescaled(nn.Module):
-    """A network for samples on another scale than its own.
-
-    Args:
-        network: What expects `scale(x)`.
-        scale: Turns what it is given into that.
-    """
-
-    def __init__(self, network: nn.Module, scale: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network, self.scale = network, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(self.scale(x))
 
 
 class CifarBlock(nn.Module):
