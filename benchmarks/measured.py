@@ -40,9 +40,25 @@ class Runs:
     @property
     def rank(self) -> tuple[bool, int]:
         """What the page shows first: the script's own settings, and of those the longest training."""
+        return not self.settings, self.epochs
+
+    @property
+    def settings(self) -> list[str]:
+        """What differs from the script's own settings, but for the number of epochs."""
         known = {self.method, *self.budget}
-        others = [part for part in self.title.split(", ") if part not in known]
-        return all(re.fullmatch(r"\w+epochs", part) for part in others), self.epochs
+        parts = [part for part in self.title.split(", ") if part not in known]
+        return [part for part in parts if not re.fullmatch(r"\w+epochs", part)]
+
+    @property
+    def label(self) -> str:
+        """The method and the settings."""
+        return f"{self.method} ({', '.join(self.settings)})" if self.settings else self.method
+
+    @property
+    def name(self) -> str:
+        """The label, what had to remain, and how long it was trained."""
+        budget = [re.sub(r"^([a-z]+)", r"\1 ", part) for part in self.budget]
+        return ", ".join([self.label, *budget, f"{self.epochs} epochs"])
 
     @property
     def fewer(self) -> float:

@@ -93,7 +93,11 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
     ) -> list[tuple[str, float, str]]:
         chosen = [runs for runs in first(runs_of(found, task)) if suits(runs)]
         return [
-            (f"{one.fewer:.2f}x, {one.title}", statistics.mean(values), spread(values, sign=sign))
+            (
+                f"{one.fewer:.2f}x by {one.name}" if one.fewer > 1 else one.name,
+                statistics.mean(values),
+                spread(values, sign=sign),
+            )
             for one in chosen
             for values in [numbers(one, form)]
         ]
@@ -191,9 +195,9 @@ def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Lay out the configurations of all tasks."""
     rows: list[list[object]] = []
     for task in ACCURACY:
-        for one in shown(runs_of(found, task)):
+        for one in sorted(shown(runs_of(found, task)), key=lambda one: one.method != "dense"):
             left = one.seeds[0]["float"]
-            cells: list[object] = [f"[{task}](results/accuracy_{task}.md)", one.title, one.epochs]
+            cells: list[object] = [f"[{task}](results/accuracy_{task}.md)", one.label, one.epochs]
             cells += [spread(one.scores("float"), sign=""), spread(one.scores("int8"), sign="")]
             cells += [f"{one.fewer:.2f}x", f"{1 - left['nonzero'] / left['parameters']:.0%}"]
             rows.append([*cells, f"{one.gzipped('int8') / 1e3:,.1f}"])
@@ -255,9 +259,10 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
                 yield f"{goal.what}: {text} where {wanted:g} was wanted ({name})."
     for task in ACCURACY:
         everything = shown(runs_of(found, task))
-        single = [one.title for one in everything if one.method != "dense" and len(one.seeds) == 1]
+        pruned = [one for one in everything if one.method != "dense"]
+        single = [one for one in pruned if len(one.seeds) == 1]
         if single:
-            yield f"{task}: one seed only of {'; '.join(single)}."
+            yield f"{task}: one seed only in {len(single)} of {len(pruned)} rows."
         cut_short = {one.epochs for one in everything if re.search(r"\d+epochs$", one.title)}
         if cut_short:
             epochs = " or ".join(map(str, sorted(cut_short)))
@@ -292,7 +297,7 @@ def shorter_peers(everything: list[Runs]) -> Iterator[str]:
         for one in (one for one in ends if one.method == ours):
             for peer in (peer for peer in ends if (peer.method, peer.budget) == (theirs, one.budget)):
                 if peer.epochs < one.epochs:
-                    yield f"{one.task}: {peer.title} was trained for less long than {one.title}."
+                    yield f"{one.task}: {peer.name} was trained for less long than {one.name}."
 
 
 def better_peers(everything: list[Runs]) -> Iterator[str]:
@@ -303,7 +308,7 @@ def better_peers(everything: list[Runs]) -> Iterator[str]:
                 continue
             lead = statistics.mean(peer.scores("float")) - statistics.mean(ours.scores("float"))
             if peer.fewer >= 0.98 * ours.fewer and lead > 0:
-                yield f"{ours.task}: {peer.title} is better by {lead:.2f} points than {ours.title}."
+                yield f"{ours.task}: {peer.name} is better by {lead:.2f} points than {ours.name}."
 
 
 # ------------------------------------------------------------------ the page

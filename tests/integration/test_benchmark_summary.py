@@ -75,7 +75,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_each_goal_stands_beside_what_was_reached(page: str) -> None:
     (change,) = rows_with(page, "DS-CNN keywords, 2x and int8: points")
     # 91.2 and 90.8 in int8 against 92 and 91.8, each seed's own dense network in float.
-    assert change[1:] == ["-1.2", "-0.6", "**-0.90 ± 0.14 (2 seeds)**", "goal", "2.00x, structural, macs0.5"]
+    assert change[1:] == [
+        "-1.2",
+        "-0.6",
+        "**-0.90 ± 0.14 (2 seeds)**",
+        "goal",
+        "2.00x by structural, macs 0.5, 7 epochs",
+    ]
     (resnet8,) = rows_with(page, "MLPerf Tiny ResNet-8")
     assert resnet8[3:5] == ["**84.99 (1 seed)**", "missed"]
     (efficiency,) = rows_with(page, "ResNet-18, 2x, ONNX")
@@ -88,10 +94,9 @@ def test_the_longest_of_the_scripts_own_settings_is_shown_and_what_is_as_long_as
     page: str,
 ) -> None:
     (goal,) = rows_with(page, "MLPerf Tiny ResNet-8")
-    assert goal[-1] == "2.00x, structural, macs0.5, 7epochs"
-    assert [row[1] for row in rows_with(page, "[resnet8]")] == [
-        "dense", "structural, macs0.5, 7epochs", "structural, macs0.5, lr=1, 5epochs",
-        "torch-pruning, macs0.5, 5epochs",
+    assert goal[-1] == "2.00x by structural, macs 0.5, 7 epochs"
+    assert [row[1:3] for row in rows_with(page, "[resnet8]")] == [
+        ["dense", "7"], ["structural", "7"], ["structural (lr=1)", "5"], ["torch-pruning", "5"],
     ]  # fmt: skip
 
 
@@ -106,11 +111,11 @@ def test_what_was_not_measured_is_said_to_be_missing(page: str) -> None:
 def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str) -> None:
     weak = page.partition("## Weak spots")[2].partition("## ")[0]
     assert "84.99 (1 seed) where 85 was wanted" in weak
-    assert "keywords: torch-pruning, macs0.5 is better by 0.50 points than structural, macs0.5." in weak
-    assert "than structural, macs0.4" not in weak  # which has fewer MACs
-    assert "one seed only of structural, macs0.4; torch-pruning, macs0.5" in weak
+    assert "torch-pruning, macs 0.5, 7 epochs is better by 0.50 points than structural, macs 0.5, 7" in weak
+    assert "than structural, macs 0.4" not in weak  # which has fewer MACs
+    assert "keywords: one seed only in 2 of 3 rows." in weak
     assert "resnet8: trained for 5 or 7 epochs, not for" in weak
-    shorter = "resnet8: torch-pruning, macs0.5, 5epochs was trained for less long than structural, macs0.5, 7"
+    shorter = "torch-pruning, macs 0.5, 5 epochs was trained for less long than structural, macs 0.5, 7"
     assert shorter in weak
     assert "keywords: trained for" not in weak
     assert "the machine was noisy" in weak
