@@ -80,7 +80,8 @@ def _keywords(root: Path | None) -> tuple[Split, Split]:
 CASES = {
     "pictures": Case(
         "MLPerf Tiny ResNet-8, CIFAR-10, 10,000 test pictures",
-        networks.TinyResNet8, "mlperf_tiny_resnet8_cifar10", _pictures, Tensor.float, data.pictures(4),
+        networks.TinyResNet8, "mlperf_tiny_resnet8_cifar10", _pictures, Tensor.float,
+        data.pictures(4, "replicate"),
         "x86-avx2", samples=12_800, epochs=1,
     ),
     "keywords": Case(
