@@ -10,7 +10,7 @@ from torch import nn
 from lightning_prune._lightning import Callback, LightningModule, Trainer
 from lightning_prune.callbacks import _checkpoint_hooks
 from lightning_prune.callbacks._follow import check_strategy
-from lightning_prune.callbacks._fractions import Fractions
+from lightning_prune.callbacks._logged import Logged
 from lightning_prune.schedules import Timeline
 from lightning_prune.structure import manifest
 from lightning_prune.structure.costs import Example
@@ -23,7 +23,7 @@ class StructureCallback(Callback):
     that cannot work are refused, and nothing stays behind on a module that is as it was.
     """
 
-    _left: Fractions
+    _left: Logged
     include: list[str]
     exclude: list[str]
 

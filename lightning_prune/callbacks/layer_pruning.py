@@ -13,7 +13,7 @@ from lightning_prune.callbacks import _block_table, _clock, _network
 from lightning_prune.callbacks._block_scores import Weights, judge
 from lightning_prune.callbacks._events import emit
 from lightning_prune.callbacks._follow import follow_exchange
-from lightning_prune.callbacks._fractions import Fractions
+from lightning_prune.callbacks._logged import Logged
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms
 from lightning_prune.callbacks._structure_callback import StructureCallback
@@ -126,7 +126,7 @@ class LayerPruning(StructureCallback):
         self._dense: dict[str, float] = {}
         self._history: list[dict[str, Any]] = []
         self._table: dict[str, dict[str, Any]] = {}
-        self._left = Fractions("blocks")
+        self._left = Logged("blocks")
 
     @property
     def level(self) -> float:

@@ -13,7 +13,7 @@ from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.callbacks import _clock, _network
 from lightning_prune.callbacks._events import decided, emit
 from lightning_prune.callbacks._follow import follow_exchange
-from lightning_prune.callbacks._fractions import Fractions
+from lightning_prune.callbacks._logged import Logged
 from lightning_prune.callbacks._low_rank_table import show
 from lightning_prune.callbacks._structure_callback import StructureCallback
 from lightning_prune.deploy.calls import explicit_call
@@ -104,7 +104,7 @@ class LowRank(StructureCallback):
         self._dense: dict[str, float] | None = None
         self._rows: list[Row] = []
         self._history: list[dict[str, Any]] = []
-        self._left = Fractions("low_rank_macs")
+        self._left = Logged("low_rank_macs")
 
     @property
     def level(self) -> float:

@@ -15,6 +15,7 @@ from lightning_prune._lightning import NAMESPACES, Callback, LightningModule, Tr
 from lightning_prune.callbacks import _clock, _magnitude_config, _magnitude_table
 from lightning_prune.callbacks._averages import averaged_modules
 from lightning_prune.callbacks._events import emit
+from lightning_prune.callbacks._logged import Logged
 from lightning_prune.callbacks._magnitude_config import OWNER
 from lightning_prune.callbacks._magnitude_training import Dynamics
 from lightning_prune.callbacks._mask_keeper import MaskKeeper
@@ -116,7 +117,7 @@ class MagnitudePruning(Callback):
         self._goal = Goal(self.sparsity, self.scope, pattern)
         self._timeline: Timeline | None = None
         self._module: weakref.ref[nn.Module] | None = None
-        self._log_due = True
+        self._logged = Logged()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that the callback can be copied and pickled."""
@@ -216,28 +217,23 @@ class MagnitudePruning(Callback):
         self._watch.follow(self._keeper.weights)
         self._watch.statistics.to({n: w.parameter.detach() for n, w in self._keeper.weights.items()})
         self._keeper.apply(averaged_modules(trainer))
-        self._log_due = True
+        self._logged.due = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if an event falls on this epoch, and log for those who monitor."""
         self._dynamics.remember(pl_module, trainer.current_epoch)
         self._advance(trainer, pl_module)
-        for suffix, value in (("", self._achieved()), ("_target", self._target())):
-            # The same on every rank, and for all of them: of equal numbers a maximum is exact, a mean is not.
-            name = self._log_name(trainer, suffix)
-            pl_module.log(name, value, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
-        self._log_due = True
+        self._logged.values = self._reached(trainer)
+        self._logged.on_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune if an event falls on this optimizer step, and show the sparsity in the progress bar."""
         self._advance(trainer, pl_module)
-        if self._log_due:
-            self._log_due = False
-            for suffix, value in (("", self._achieved()), ("_target", self._target())):
-                name = self._log_name(trainer, suffix)
-                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=True)
+        if self._logged.due:
+            self._logged.values = self._reached(trainer)
+            self._logged.on_batch(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -358,7 +354,7 @@ class MagnitudePruning(Callback):
         entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         entry.update(level=self._level, target=self._target(), achieved=self._achieved())
         self._history.append(entry)
-        self._log_due = True
+        self._logged.due = True
         dead = self._keeper.newly_dead()
         if dead and trainer.is_global_zero:
             _magnitude_table.report_dead(dead, OWNER)
@@ -402,13 +398,12 @@ class MagnitudePruning(Callback):
         """Count the fraction of weights that are zero."""
         return sum(self._keeper.zeros().values()) / max(1, sum(self._keeper.sizes().values()))
 
-    def _log_name(self, trainer: Trainer, suffix: str = "") -> str:
-        """Name the logged value: `sparsity`, and with several of these callbacks what each selects, too."""
+    def _reached(self, trainer: Trainer) -> dict[str, float]:
+        """Name what is logged: `sparsity`, and with several of these callbacks what each selects, too."""
         peers = [c for c in trainer.callbacks if isinstance(c, MagnitudePruning)]  # type: ignore[attr-defined]
-        if len(peers) < 2:
-            return f"sparsity{suffix}"
         globs = list(self.sparsity) if isinstance(self.sparsity, dict) else self.include
-        return f"sparsity{suffix}/{','.join(globs)}"
+        own = f"/{','.join(globs)}" if len(peers) > 1 else ""
+        return {f"sparsity{own}": self._achieved(), f"sparsity_target{own}": self._target()}
 
 
 def _sum_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_prune._lightning import Callback, LightningModule, Trainer, namespace_of
 from lightning_prune.callbacks import _clock, _quantization_table
 from lightning_prune.callbacks._inputs import observed_call
+from lightning_prune.callbacks._logged import Logged
 from lightning_prune.callbacks._quantization_checks import OWNER, check_strategy, exported_root
 from lightning_prune.callbacks._rounding import Rounding
 from lightning_prune.deploy.calls import submodule
@@ -124,7 +125,7 @@ class QuantizationAwareTraining(Callback):
         self._timeline: Timeline | None = None
         self._owner: weakref.ref[nn.Module] | None = None
         self._agreed: Any = None
-        self._log_due = True
+        self._logged = Logged()
         grid = grid_of(self.target, self.per_channel)
         self._network = FakeQuantized(
             grid, Ranges(grid, self.ranges == "learned"), self.module or "", self.include, self.exclude
@@ -214,7 +215,7 @@ class QuantizationAwareTraining(Callback):
         if names:
             match_names(names, self.include, self.exclude, OWNER)
         self._timeline = _clock.plan(trainer, pl_module, self._schedule)
-        self._log_due = True
+        self._logged.due = True
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Round if it had begun before; a resumed fit with nothing left to do gets no further than this."""
@@ -242,11 +243,8 @@ class QuantizationAwareTraining(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin if this is the epoch, and log for those who monitor."""
         self._advance(trainer, pl_module)
-        # The same on all processes, so the greatest is exact; Lightning warns of logs that are not reduced.
-        pl_module.log(
-            "quantized", float(self.began), on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True
-        )
-        self._log_due = True
+        self._logged.values = {"quantized": float(self.began)}
+        self._logged.on_epoch(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -255,9 +253,8 @@ class QuantizationAwareTraining(Callback):
         self._advance(trainer, pl_module)
         if self.began and self.batch_norm == "freeze":
             self._rounding.freeze(pl_module)
-        if self._log_due:
-            self._log_due = False
-            pl_module.log("quantized", float(self.began), on_step=True, on_epoch=False, prog_bar=True)
+        self._logged.values = {"quantized": float(self.began)}
+        self._logged.on_batch(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -297,7 +294,7 @@ class QuantizationAwareTraining(Callback):
             return
         if self._timeline.level_at(_clock.now(trainer, pl_module, self._timeline.interval)) > 0:
             self._began = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-            self._log_due = True
+            self._logged.due = True
             self._rounding.start(pl_module)
 
     def on_structure_change(self, trainer: Trainer, pl_module: LightningModule, change: Any) -> None:

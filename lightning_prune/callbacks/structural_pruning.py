@@ -12,9 +12,9 @@ from lightning_prune._lightning import LightningModule, Trainer
 from lightning_prune.callbacks import _clock, _network
 from lightning_prune.callbacks._events import decided, emit
 from lightning_prune.callbacks._follow import follow
-from lightning_prune.callbacks._fractions import Fractions
 from lightning_prune.callbacks._latency import Stopwatch
 from lightning_prune.callbacks._learning import Learning
+from lightning_prune.callbacks._logged import Logged
 from lightning_prune.callbacks._preflight import show
 from lightning_prune.callbacks._recalibrate import recalibrate_norms, reconstruction
 from lightning_prune.callbacks._structure_callback import StructureCallback
@@ -139,7 +139,7 @@ class StructuralPruning(StructureCallback):
         self._watch = Stopwatch(self.target or Target(), self.latency_table)
         self._history: list[dict[str, Any]] = []
         self._skipped: dict[str, str] = {}
-        self._left = Fractions(self.budget.kind)
+        self._left = Logged(self.budget.kind)
         self._widths: dict[str, int] = {}
         self._groups: list[Group] = []
         self._cutting = False

@@ -1,4 +1,4 @@
-"""What is left of the dense network, told to the user's logger and progress bar."""
+"""Values that change when pruning does, told to the user's logger and progress bar."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from lightning_prune._lightning import LightningModule
 
 
 @dataclass
-class Fractions:
-    """Values that change when pruning does, logged once an epoch and once after every change.
+class Logged:
+    """What is logged once an epoch, and once after every change.
 
     Attributes:
-        shown: Which of them is in the progress bar.
+        shown: Which of them is in the progress bar; None: all of them.
         values: The values by name.
         due: Whether the progress bar has to be told.
     """
 
-    shown: str
+    shown: str | None = None
     values: dict[str, float] = field(default_factory=dict)
     due: bool = True
 
@@ -34,4 +34,4 @@ class Fractions:
             return
         self.due = False
         for name, value in self.values.items():
-            pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name == self.shown)
+            pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=self.shown in (None, name))
