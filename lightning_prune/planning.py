@@ -134,24 +134,7 @@ def make_plan(
     cutter = _Cutter(_network.traced(base, calls), example, structural, budget)
     budget, dense = cutter.budget, cutter.dense.costs
     latency_ms = cutter.asked.latency_ms or latency_ms
-    made: dict[str, Any] = {"dense": base}
-    failed: dict[str, str] = {}
-    for recipe, steps in RECIPES.items():
-        if not steps:
-            continue
-        smaller: Any = copied(base)
-        network = _network.traced(smaller, calls)
-        try:
-            for step in steps:
-                if step == "LowRank":
-                    # Half of the way for one of two, in factors.
-                    _factor(network, example, factoring, _for_factors(budget, len(steps)), dense)
-                else:
-                    cutter.cut(network)
-        except BudgetError as error:
-            failed[recipe] = str(error)
-            continue
-        made[recipe] = smaller
+    made, failed = _carried_out(base, calls, cutter, factoring)
     with TemporaryDirectory() as scratch:
         task = Task(
             modules=made,
@@ -171,6 +154,32 @@ def make_plan(
     ]
     outcomes += [Outcome(recipe, None, None, False, reason) for recipe, reason in failed.items()]
     return Plan(budget, latency_ms, tuple(outcomes), report)
+
+
+def _carried_out(
+    base: Any, calls: Any, cutter: _Cutter, factoring: LowRank
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what each recipe makes of a copy, and why the others cannot be carried out."""
+    made: dict[str, Any] = {"dense": base}
+    failed: dict[str, str] = {}
+    for recipe, steps in RECIPES.items():
+        if not steps:
+            continue
+        smaller: Any = copied(base)
+        network = _network.traced(smaller, calls)
+        try:
+            for step in steps:
+                if step == "LowRank":
+                    # Half of the way for one of two, in factors.
+                    share = _for_factors(cutter.budget, len(steps))
+                    _factor(network, cutter.example, factoring, share, cutter.dense.costs)
+                else:
+                    cutter.cut(network)
+        except BudgetError as error:
+            failed[recipe] = str(error)
+            continue
+        made[recipe] = smaller
+    return made, failed
 
 
 def _outcome(variant: Variant, fraction: float | None, budget: Budget, latency_ms: float | None) -> Outcome:
