@@ -72,7 +72,7 @@ class PicturesData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         x, y = data.cifar10(self.root, "train")
-        move, last = data.pictures(4), slice(self.tests)
+        move, last = data.pictures(4, "replicate"), slice(self.tests)
         self.train = Batches(
             x[: self.samples], y[: self.samples], 64, seed=1, scale=Tensor.float, augment=move
         )
