@@ -45,6 +45,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
 }
 # A step of these is a step of the plain network.
 PLAIN = ("none", "none again", "dense", "dense again")
+# What these measure does not depend on what else runs.
+WITHOUT_TIMES = ("accuracy_", "export_models", "qat", "structural_grid")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
         ("mobilenet_v2", 0.66, "MobileNetV2, 1.5x", 0.87, 0.9),
     ):
         values = [
-            (one["network"], value, f"{value:.2f}")
+            (one["network"], value, f"{value:.3f}")
             for one in timed(found, "onnxruntime")
             if (one["network"], one["budget"]) == (network, budget)
             for value in [speedup(one, "pruned", "dense") / fewer_macs(one)]
@@ -281,8 +283,7 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
                 yield f"{where}: the machine was noisy, the dense file against itself was off by over 5 %."
     for name, raw in found.items():
         load, cores = (raw["environment"].get(key) or 0 for key in ("load", "cores"))
-        # Accuracy does not depend on what else runs.
-        if load > max(cores, 1) and not name.startswith("accuracy_"):
+        if load > max(cores, 1) and not name.startswith(WITHOUT_TIMES):
             yield f"{name} was measured on a busy machine (load {load:.1f}, {cores or 'unknown'} cores)."
 
 

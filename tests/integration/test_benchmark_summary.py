@@ -52,7 +52,9 @@ def results(folder: Path, choose: bool = False) -> Path:
         ("latency_onnxruntime", {}, [timed]),
         ("magnitude_step", {}, {"net": {"none": {"steps": [1.0, 2.0]}, "ours": {"steps": [1.1, 2.2]}}}),
     ):
-        raw = {"environment": PLACE, "config": config, "results": found}
+        # Times of a busy machine are a weak spot, accuracy is not.
+        place = {**PLACE, "load": 2.5 if name in ("accuracy_resnet8", "magnitude_step") else 0.5}
+        raw = {"environment": place, "config": config, "results": found}
         (folder / f"{name}.json").write_text(json.dumps(raw), encoding="utf-8")
     return folder
 
@@ -85,7 +87,7 @@ def test_each_goal_stands_beside_what_was_reached(page: str) -> None:
     (resnet8,) = rows_with(page, "MLPerf Tiny ResNet-8")
     assert resnet8[3:5] == ["**84.99 (1 seed)**", "missed"]
     (efficiency,) = rows_with(page, "ResNet-18, 2x, ONNX")
-    assert efficiency[1:5] == ["", "0.95", "**0.83**", "below the aim"]
+    assert efficiency[1:5] == ["", "0.95", "**0.833**", "below the aim"]
     (faster,) = rows_with(page, "ResNet-18, ONNX Runtime: pruned int8")
     assert faster[2:5] == ["5", "**6.7x**", "aim"]
 
@@ -119,6 +121,8 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
     assert shorter in weak
     assert "keywords: trained for" not in weak
     assert "the machine was noisy" in weak
+    assert weak.count("busy machine") == 1
+    assert "magnitude_step was measured on a busy machine (load 2.5, 2 cores)." in weak
 
 
 def test_cost_is_the_median_ratio_of_steps_made_in_turn(page: str) -> None:
