@@ -108,7 +108,7 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
         return lambda runs: runs.method == "structural" and 0.995 * times <= runs.fewer < 1.1 * times
 
     def zeros(fraction: float) -> Callable[[Runs], bool]:
-        return lambda runs: runs.method == "magnitude" and f"zeros{fraction:g}" in runs.title.split(", ")
+        return lambda runs: runs.method == "magnitude" and f"zeros{fraction:g}" in runs.budget
 
     points = "points of accuracy against dense"
     for task, name, times, least, aim in (
