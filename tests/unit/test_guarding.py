@@ -76,7 +76,8 @@ def test_levels_never_rise_unless_the_last_validation_held(values, patience):
         elif decision != "wait":
             assert kept is not None
             level = kept
-        assert State(**state.plain()) == state
+        # As plain data: states whose reference is NaN equal themselves only before Python 3.13.
+        assert State(**state.plain()).plain() == state.plain()
 
 
 def test_a_network_that_recovers_in_time_is_never_taken_back():
