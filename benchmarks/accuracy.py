@@ -9,8 +9,9 @@ those of the last epoch, on ONNX files run by ONNX Runtime, on a test set.
     python benchmarks/accuracy.py resnet20 --macs 0.606 --methods structural --seeds 0 1 2 --data-root DATA
     python benchmarks/accuracy.py keywords --choose --set importance=taylor --methods structural
 
-A killed run goes on from its last checkpoint in `--work`, and finished ones are not repeated. The table and
-the raw numbers of all finished runs go to `benchmarks/results/`.
+A killed run goes on from its last checkpoint in `--work` (that of `ModelPruning`, which loses its zeros so,
+begins again), and finished ones are not repeated. The table and the raw numbers of all finished runs go to
+`benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,18 @@ def layers_with_weights(network: nn.Module) -> list[tuple[nn.Module, str]]:
     """List what ModelPruning is given: the weights of convolutions and linear layers."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
     return [(layer, "weight") for layer in network.modules() if isinstance(layer, kinds)]
+
+
+def callbacks_of(method: str, network: nn.Module, arguments: argparse.Namespace) -> list[Callback]:
+    """Make the callbacks of a method; of one that has none, an empty list."""
+    if method == "ModelPruning":
+        peer = ModelPruning(
+            "l1_unstructured", layers_with_weights(network), amount=arguments.zeros,
+            use_global_unstructured=True, apply_pruning=lambda epoch: epoch == 0,
+            use_lottery_ticket_hypothesis=False,
+        )  # fmt: skip
+        return [peer]
+    return our_callbacks(method, arguments) if method in ("structural", "magnitude", "joint") else []
 
 
 def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
@@ -173,6 +186,9 @@ def fit(
 ) -> None:  # fmt: skip
     """Train, or go on with a training that was killed."""
     last = folder / "last.ckpt"
+    if any(isinstance(callback, ModelPruning) for callback in callbacks):
+        # It prunes no more after a resume, and the zeros that there were are trained away.
+        last.unlink(missing_ok=True)
     trainer = trainer_for(folder, epochs, arguments, [Reseed(seed), *callbacks])
     batches = TaskData(task, parts, arguments.choose, seed)
     trainer.fit(module, datamodule=batches, ckpt_path=last if last.exists() else None, weights_only=True)
@@ -190,21 +206,11 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     network = copy.deepcopy(dense)
     epochs = arguments.epochs or task.tune
     seed_everything(1000 + seed, verbose=False)
-    callbacks: list[Callback] = []
-    if method in ("structural", "magnitude", "joint"):
-        callbacks = our_callbacks(method, arguments)
-    elif method == "torch-pruning":
+    callbacks = callbacks_of(method, network, arguments)
+    if method == "torch-pruning":
         network = torch_pruning(network, task, arguments.macs)
     elif method == "small":
         network, epochs = small(task, arguments.macs), epochs + task.base
-    elif method == "ModelPruning":
-        callbacks = [
-            ModelPruning(
-                "l1_unstructured", layers_with_weights(network), amount=arguments.zeros,
-                use_global_unstructured=True, apply_pruning=lambda epoch: epoch == 0,
-                use_lottery_ticket_hypothesis=False,
-            )
-        ]  # fmt: skip
     teacher = None
     if task.recipe.teach and method != "dense":
         kind = "choose" if arguments.choose else "final"
@@ -230,6 +236,9 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
             "macs": variant.macs, "parameters": variant.parameters, "nonzero": variant.nonzero,
             "bytes": variant.bytes, "compressed_bytes": variant.compressed_bytes,
         }  # fmt: skip
+    wanted = arguments.zeros if method in ("magnitude", "joint", "ModelPruning") else 0.0
+    if (zeros := 1 - found["float"]["nonzero"] / found["float"]["parameters"]) < wanted - 0.02:
+        raise RuntimeError(f"{method} made {zeros:.1%} zeros, not {wanted:.1%}")
     return found
 
 

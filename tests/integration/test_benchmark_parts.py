@@ -189,7 +189,9 @@ def toy(parts: SimpleNamespace) -> Any:
     return parts.tasks.Task("toy", network, 16, (6,), 3, read, recipe=recipe, batch=16)
 
 
-def trained(parts: SimpleNamespace, toy: Any, folder: Path, *extra: Callback) -> dict[str, torch.Tensor]:
+def trained(
+    parts: SimpleNamespace, toy: Any, folder: Path, *extra: Callback, method: str = "structural"
+) -> dict[str, torch.Tensor]:
     """Train a toy network with a teacher, pruning it, as the benchmark does."""
     arguments = SimpleNamespace(
         accelerator="cpu", precision="32-true", progress=False, choose=False, task="toy", macs=0.5,
@@ -199,7 +201,7 @@ def trained(parts: SimpleNamespace, toy: Any, folder: Path, *extra: Callback) ->
     dense = toy.network(16)
     teacher = parts.learning.Teacher(dense, folder / "answers")
     module = toy.learner(copy.deepcopy(dense), 3, toy.recipe, teacher)
-    callbacks = [*parts.accuracy.our_callbacks("structural", arguments), *extra]
+    callbacks = parts.accuracy.callbacks_of(method, module.network, arguments) + list(extra)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts.accuracy.fit(module, toy, toy.read(None), folder, 4, 1, arguments, callbacks)
@@ -219,6 +221,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert whole["0.weight"].shape[0] < 16
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_killed_run_of_the_peer_that_cannot_resume_begins_again(
+    parts: SimpleNamespace, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parts.accuracy.TASKS, "toy", toy)
+    whole = trained(parts, toy, tmp_path / "whole", method="ModelPruning")
+    with pytest.raises(Killed):
+        trained(parts, toy, tmp_path / "killed", Kill(), method="ModelPruning")
+    again = trained(parts, toy, tmp_path / "killed", method="ModelPruning")
+    weights = torch.cat([whole[name].flatten() for name in ("0.weight", "4.weight")])
+    assert (weights == 0).double().mean() == pytest.approx(0.8, abs=0.01)
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
 
 
 def test_answers_that_were_kept_are_the_teachers(parts: SimpleNamespace, tmp_path: Path) -> None:
