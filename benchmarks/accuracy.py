@@ -25,7 +25,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
-from common import PACKAGES, RESULTS, environment, option, table, write
+from common import PACKAGES, RESULTS, environment, option, replace_text, table, write, write_json
 from data import add_data_root
 from learning import Recipe, Teacher
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
@@ -99,8 +99,16 @@ def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
     return callbacks
 
 
+class PeerError(Exception):
+    """What is compared with cannot do it, which is a result too."""
+
+
 def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
-    """Cut with Torch-Pruning alone, in small global steps, until the MACs are at most `target` of them."""
+    """Cut with Torch-Pruning alone, in small global steps, until the MACs are at most `target` of them.
+
+    Raises:
+        PeerError: It fails, or stops before that.
+    """
     import torch_pruning as tp
 
     example = torch.zeros(1, *task.shape)
@@ -109,18 +117,21 @@ def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
         for layer in network.modules()
         if isinstance(layer, nn.Linear) and layer.out_features == task.classes
     ]
-    pruner = tp.pruner.BasePruner(
-        network, example, tp.importance.GroupMagnitudeImportance(), global_pruning=True, pruning_ratio=1.0,
-        max_pruning_ratio=0.9, iterative_steps=400, ignored_layers=ends, in_channel_groups={},
-        out_channel_groups={}, num_heads={}, channel_groups={},
-    )  # fmt: skip
     dense = count_macs(network, (example,))
-    for _ in range(400):
-        pruner.step()
-        if count_macs(network, (example,)) <= target * dense:
-            # It leaves the network in eval mode, in which Lightning would train it.
-            return network.train()
-    raise RuntimeError("Torch-Pruning did not reach the budget")
+    try:
+        pruner = tp.pruner.BasePruner(
+            network, example, tp.importance.GroupMagnitudeImportance(), global_pruning=True,
+            pruning_ratio=1.0, max_pruning_ratio=0.9, iterative_steps=400, ignored_layers=ends,
+            in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
+        )  # fmt: skip
+        for _ in range(400):
+            pruner.step()
+            if count_macs(network, (example,)) <= target * dense:
+                # It leaves the network in eval mode, in which Lightning would train it.
+                return network.train()
+    except Exception as error:
+        raise PeerError(f"{type(error).__name__}: {error}") from error
+    raise PeerError("it did not reach the budget")
 
 
 def small(task: Task, target: float) -> nn.Module:
@@ -282,9 +293,13 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
     """Make the table of all finished runs."""
     kind = "choose" if arguments.choose else "final"
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder_of(name, arguments).glob(f"*_{kind}*/result.json")):
-        title = title_of(path.parent.name.rpartition("_seed")[0].replace(f"_{kind}", ""))
-        found.setdefault(title, []).append(json.loads(path.read_text(encoding="utf-8")))
+    failed: dict[str, str] = {}
+    for folder in sorted(folder_of(name, arguments).glob(f"*_{kind}*_seed*")):
+        title = title_of(folder.name.rpartition("_seed")[0].replace(f"_{kind}", ""))
+        if (done := folder / "result.json").exists():
+            found.setdefault(title, []).append(json.loads(done.read_text(encoding="utf-8")))
+        elif (why := folder / "failed.txt").exists():
+            failed[title] = why.read_text(encoding="utf-8")
     dense = found.get("dense", [None])[0]
     rows = []
     for title, runs in found.items():
@@ -303,11 +318,15 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
     head += ["int8 file, bytes", "gzipped, bytes"]
     task = TASKS[name]
     config = {"task": name, "choose": arguments.choose, "precision": arguments.precision}
+    if failed:
+        config["failed"] = failed
     where = "the held-out part of the training set" if arguments.choose else "the test set"
     title = f"{task.title}. {SCORES[task.metric]} on {where}, of the last epoch, on the ONNX files."
     about = environment(torch.get_num_threads(), (*PACKAGES, "torch-pruning"))
+    text = [title, "", *table(head, rows)]
+    text += [line for failure in failed.items() for line in ("", "Failed: {}: {}.".format(*failure))]
     folder = arguments.work if arguments.choose else RESULTS
-    write(f"accuracy_{name}", config, found, [title, "", *table(head, rows)], about=about, folder=folder)
+    write(f"accuracy_{name}", config, found, text, about=about, folder=folder)
 
 
 def main() -> None:
@@ -336,15 +355,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    attempt: Callable[..., dict[str, Any]] = run
     for method in arguments.methods:
         for seed in arguments.seeds:
-            done = folder_of(arguments.task, arguments) / run_name(method, seed, arguments) / "result.json"
-            if not done.exists():
-                found = attempt(arguments.task, method, seed, arguments)
-                done.parent.mkdir(parents=True, exist_ok=True)
-                done.with_suffix(".tmp").write_text(json.dumps(found), encoding="utf-8")
-                done.with_suffix(".tmp").replace(done)
+            folder = folder_of(arguments.task, arguments) / run_name(method, seed, arguments)
+            if (folder / "result.json").exists():
+                continue
+            try:
+                write_json(folder / "result.json", run(arguments.task, method, seed, arguments))
+            except PeerError as error:
+                replace_text(folder / "failed.txt", str(error))
     summarize(arguments.task, arguments)
 
 

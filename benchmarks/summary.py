@@ -204,7 +204,12 @@ def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:
             cells += [f"{one.fewer:.2f}x", f"{1 - left['nonzero'] / left['parameters']:.0%}"]
             rows.append([*cells, f"{one.gzipped('int8') / 1e3:,.1f}"])
     head = ["task", "method", "epochs", "float, %", "int8, %", "fewer MACs", "zeros", "int8, gzipped kB"]
-    return table(head, rows) if rows else ["Not measured yet."]
+    lines = table(head, rows) if rows else ["Not measured yet."]
+    for task in ACCURACY:
+        config = found.get(f"accuracy_{task}", {}).get("config", {})
+        for title, why in config.get("failed", {}).items() if not config.get("choose") else ():
+            lines += ["", f"{task}: {title} could not be done: {why}."]
+    return lines
 
 
 def latency_table(found: dict[str, dict[str, Any]]) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +208,25 @@ def trained(
         warnings.simplefilter("ignore")
         parts.accuracy.fit(module, toy, toy.read(None), folder, 4, 1, arguments, callbacks)
     return dict(module.network.state_dict())
+
+
+def test_a_peer_that_cannot_cut_a_network_is_in_the_table(
+    parts: SimpleNamespace, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recurrent(nn.GRU):
+        def forward(self, x: torch.Tensor, hx: torch.Tensor | None = None) -> Any:
+            return super().forward(x, hx)[0]
+
+    recurrent = replace(toy, network=lambda width: nn.Sequential(Recurrent(6, width), nn.Linear(width, 3)))
+    monkeypatch.setitem(parts.tasks.TASKS, "toy", recurrent)
+    monkeypatch.setattr(parts.accuracy, "RESULTS", tmp_path / "results")
+    command = ["accuracy.py", "toy", "--methods", "torch-pruning", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", command)
+    with warnings.catch_warnings():
+        parts.accuracy.main()
+    assert not list(tmp_path.rglob("result.json"))
+    (line,) = re.findall("Failed: .*", (tmp_path / "results" / "accuracy_toy.md").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"Failed: torch-pruning, macs0\.5, allepochs: .+\.", line)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(

@@ -41,6 +41,7 @@ def results(folder: Path, choose: bool = False) -> Path:
         "structural, macs0.5, lr=1, 5epochs": [run_of("structural", 0, 0.9, 0.9, 5, epochs=5)],
         "torch-pruning, macs0.5, 5epochs": [run_of("torch-pruning", 0, 0.8, 0.8, 5, epochs=5)],
     }
+    failed = {"torch-pruning, macs0.25": "IndexError: 7"}
     p50 = {"dense": 20.0, "dense.int8": 10.0, "pruned": 12.0, "pruned.int8": 3.0}
     timed = {
         "network": "resnet18", "budget": 0.5, "noisy": True, "macs": {"dense": 4, "pruned": 2},
@@ -48,7 +49,7 @@ def results(folder: Path, choose: bool = False) -> Path:
     }  # fmt: skip
     for name, config, found in (
         ("accuracy_keywords", {"choose": choose}, keywords),
-        ("accuracy_resnet8", {"choose": choose}, resnet8),
+        ("accuracy_resnet8", {"choose": choose, "failed": failed}, resnet8),
         ("latency_onnxruntime", {}, [timed]),
         ("magnitude_step", {}, {"net": {"none": {"steps": [1.0, 2.0]}, "ours": {"steps": [1.1, 2.2]}}}),
     ):
@@ -125,6 +126,10 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
     assert "magnitude_step was measured on a busy machine (load 2.5, 2 cores)." in weak
 
 
+def test_what_a_peer_could_not_do_is_said(page: str) -> None:
+    assert "resnet8: torch-pruning, macs0.25 could not be done: IndexError: 7." in page.splitlines()
+
+
 def test_cost_is_the_median_ratio_of_steps_made_in_turn(page: str) -> None:
     assert rows_with(page, "ours") == [
         ["ours", "1.100", "1.100 to 1.100", "1", "[magnitude_step](results/magnitude_step.md)"]
@@ -144,3 +149,4 @@ def test_what_was_held_out_for_choices_is_no_result(tmp_path: Path) -> None:
     page = page_of(results(tmp_path / "results", choose=True))
     assert rows_with(page, "DS-CNN keywords")[0][3] == "not measured"
     assert "](results/accuracy.svg)" not in page
+    assert "could not be done" not in page
