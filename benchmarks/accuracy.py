@@ -182,7 +182,7 @@ def base_network(task: Task, name: str, seed: int, arguments: argparse.Namespace
     folder = folder_of(name, arguments) / f"base-{kind}-{seed}"
     done = folder / "weights.pt"
     if not done.exists():
-        recipe = replace(task.recipe, lr=task.base_lr, teach=0.0)
+        recipe = replace(task.recipe, lr=task.base_lr, teach=0.0, paste=0.0)
         learner = task.learner(network, task.classes, recipe, None)
         fit(learner, task, parts, folder, task.base, seed, arguments, [])
         torch.save(network.state_dict(), done.with_suffix(".tmp"))
@@ -226,6 +226,7 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     if task.recipe.teach and method != "dense":
         kind = "choose" if arguments.choose else "final"
         answers = f"answers-{kind}-{arguments.precision}-{seed}-{task.recipe.edges}"
+        answers += f"-paste{task.recipe.paste:g}" if task.recipe.paste else ""
         teacher = Teacher(dense, folder_of(name, arguments) / answers)
     module = task.learner(network, task.classes, task.recipe, teacher)
     batches = TaskData(task, parts, arguments.choose, seed)

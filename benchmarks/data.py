@@ -167,12 +167,14 @@ class Epochs(Sampler[tuple[int, int]]):
         return self.count
 
 
-def pictures(most: int, edges: str = "black") -> Augment:
+def pictures(most: int, edges: str = "black", paste: float = 0.0) -> Augment:
     """Move each picture by up to `most` pixels, and mirror every second one.
 
     Args:
         most: Pixels, in each direction.
         edges: What comes in: `"black"`, `"gray"` (the mean colour) or `"replicate"` (what was at the edge).
+        paste: Part of the pictures that get a box of the next one, of any share of the picture (CutMix, Yun
+            et al. 2019). Labels stay those of the first.
     """
     if edges not in ("black", "gray", "replicate"):
         raise SystemExit(f"edges must be black, gray or replicate, got {edges}")
@@ -192,9 +194,24 @@ def pictures(most: int, edges: str = "black") -> Augment:
         if edges != "replicate":
             color = torch.tensor(CIFAR_MEAN).mul(255).round() if edges == "gray" else torch.zeros(3)
             moved = torch.where(inside, moved, color.to(x.dtype).view(1, 3, 1, 1))
+        if paste:
+            moved = torch.where(boxes(n, height, width, paste, random), moved.roll(1, 0), moved)
         return moved, y
 
     return augment
+
+
+def boxes(n: int, height: int, width: int, part: float, random: torch.Generator) -> Tensor:
+    """Mark a box in a `part` of n pictures, (n, 1, height, width); its share of the picture is uniform."""
+    side = torch.rand(n, 1, 1, 1, generator=random).sqrt()
+    side = torch.where(torch.rand(n, 1, 1, 1, generator=random) < part, side, 0.0)
+
+    def inside(length: int, shape: tuple[int, ...]) -> Tensor:
+        center = torch.rand(n, 1, 1, 1, generator=random) * length
+        away = (torch.arange(length).view(shape) + 0.5 - center).abs()
+        return away < side * length / 2
+
+    return inside(height, (1, 1, -1, 1)) & inside(width, (1, 1, 1, -1))
 
 
 def signals(most: int, noise: float, axis: int = -1) -> Augment:

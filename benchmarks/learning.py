@@ -28,6 +28,8 @@ class Recipe:
         teach: How much of the loss is the distance to the dense network's answers.
         edges: What comes in where pictures are moved: see `data.pictures`. A teacher that has seen other
             edges in its own training is no good one.
+        paste: Part of the pictures that get a box of another one: see `data.pictures`. Labels say nothing of
+            those, so only a teacher can: `teach` has to be 1 (Beyer et al. 2022).
     """
 
     lr: float = 0.05
@@ -35,6 +37,11 @@ class Recipe:
     decay: float = 1e-4
     teach: float = 0.0
     edges: str = "black"
+    paste: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.paste and self.teach != 1:
+            raise SystemExit(f"paste={self.paste:g} needs teach=1, got teach={self.teach:g}")
 
 
 class Teacher:

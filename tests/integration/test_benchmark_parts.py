@@ -94,6 +94,28 @@ def test_pictures_are_moved_and_mirrored_with_the_edges_that_are_asked_for(
     assert {key[:1] for key in seen} == {(a,) for a in range(5)}
 
 
+def test_a_box_of_the_next_picture_is_pasted_into_the_part_that_is_asked_for(parts: SimpleNamespace) -> None:
+    n = 2000
+    x = torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1).expand(n, 3, 8, 8)
+    augment = parts.data.pictures(0, "replicate", paste=0.5)
+    pasted, labels = augment(x, torch.arange(n), torch.Generator().manual_seed(3))
+    assert labels.tolist() == list(range(n))
+    foreign = pasted != x
+    assert torch.equal(pasted[foreign], x.roll(1, 0)[foreign])
+    share = foreign[:, 0].double().mean((1, 2))
+    # Half of half: every share of the picture is as likely, less what lies outside of it.
+    assert (share > 0).double().mean() == pytest.approx(0.5, abs=0.04)
+    assert 0.25 < share[share > 0].mean() < 0.5
+    for mask in foreign[:50, 0]:
+        rows, columns = mask.any(1), mask.any(0)
+        assert torch.equal(mask, rows[:, None] & columns), "it is a box"
+
+
+def test_pasting_without_a_teacher_is_refused(parts: SimpleNamespace) -> None:
+    with pytest.raises(SystemExit, match="needs teach=1"):
+        parts.learning.Recipe(teach=0.9, paste=0.5)
+
+
 def test_mirrored_boxes_stay_on_what_they_mark(parts: SimpleNamespace) -> None:
     x, y = torch.zeros(64, 1, 9, 12), torch.full((64, 2, 5), -1.0)
     x[:, :, 2:5, 3:10], y[:, 0] = 1.0, torch.tensor([3.0, 2.0, 10.0, 5.0, 0.0])
