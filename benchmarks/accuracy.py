@@ -25,7 +25,8 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,15 @@ class PeerError(Exception):
     """What is compared with cannot do it, which is a result too."""
 
 
+@contextmanager
+def of_the_peer() -> Iterator[None]:
+    """Tell what a peer raises from faults of ours."""
+    try:
+        yield
+    except Exception as error:
+        raise PeerError(f"{type(error).__name__}: {error}") from error
+
+
 def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
     """Cut with Torch-Pruning alone, in small global steps, until the MACs are at most `target` of them.
 
@@ -118,19 +128,18 @@ def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
         if isinstance(layer, nn.Linear) and layer.out_features == task.classes
     ]
     dense = count_macs(network, (example,))
-    try:
+    with of_the_peer():
         pruner = tp.pruner.BasePruner(
             network, example, tp.importance.GroupMagnitudeImportance(), global_pruning=True,
             pruning_ratio=1.0, max_pruning_ratio=0.9, iterative_steps=400, ignored_layers=ends,
             in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
         )  # fmt: skip
-        for _ in range(400):
+    for _ in range(400):
+        with of_the_peer():
             pruner.step()
-            if count_macs(network, (example,)) <= target * dense:
-                # It leaves the network in eval mode, in which Lightning would train it.
-                return network.train()
-    except Exception as error:
-        raise PeerError(f"{type(error).__name__}: {error}") from error
+        if count_macs(network, (example,)) <= target * dense:
+            # It leaves the network in eval mode, in which Lightning would train it.
+            return network.train()
     raise PeerError("it did not reach the budget")
 
 
