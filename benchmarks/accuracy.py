@@ -11,7 +11,7 @@ those of the last epoch, on ONNX files run by ONNX Runtime, on a test set.
 
 A killed run goes on from its last checkpoint in `--work` (that of `ModelPruning`, which loses its zeros so,
 begins again), and finished ones are not repeated. The table and the raw numbers of all finished runs go to
-`benchmarks/results/`.
+`benchmarks/results/`; with `--add`, beside those that are there, of other machines.
 """
 
 from __future__ import annotations
@@ -223,6 +223,8 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     folder = folder_of(name, arguments) / run_name(method, seed, arguments)
     seed_everything(seed, verbose=False)
     dense = base_network(task, name, seed, arguments, parts)
+    if arguments.channels_last:
+        dense = dense.to(memory_format=torch.channels_last)
     network = copy.deepcopy(dense)
     epochs = arguments.epochs or task.tune
     seed_everything(1000 + seed, verbose=False)
@@ -250,6 +252,8 @@ def run(name: str, method: str, seed: int, arguments: argparse.Namespace) -> dic
     ours = "pruned" in variants
     found: dict[str, Any] = {"method": method, "seed": seed, "epochs": 0 if method == "dense" else epochs}
     found["seconds"] = time.perf_counter() - start
+    found["precision"] = arguments.precision
+    found["environment"] = environment(arguments.threads, (*PACKAGES, "torch-pruning"))
     for kind, ending in (("float", ""), ("int8", ".int8")):
         variant = variants[("pruned" if ours else "dense") + ending]
         found[kind] = {
@@ -310,6 +314,8 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
             found.setdefault(title, []).append(json.loads(done.read_text(encoding="utf-8")))
         elif (why := folder / "failed.txt").exists():
             failed[title] = why.read_text(encoding="utf-8")
+    if arguments.add:
+        found, failed = beside(name, found, failed)
     dense = found.get("dense", [None])[0]
     rows = []
     for title, runs in found.items():
@@ -323,11 +329,12 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
         row.append(f"{1 - one['nonzero'] / one['parameters']:.1%}")
         row.append(f"{runs[0]['int8']['bytes']:,}")
         row.append(f"{runs[0]['int8']['compressed_bytes']:,}")
+        row.append(" and ".join(sorted({r["precision"] for r in runs})))
         rows.append(row)
     head = ["method", "seeds", "epochs", "float, %", "int8, %", "fewer MACs", "zeros"]
-    head += ["int8 file, bytes", "gzipped, bytes"]
+    head += ["int8 file, bytes", "gzipped, bytes", "trained in"]
     task = TASKS[name]
-    config = {"task": name, "choose": arguments.choose, "precision": arguments.precision}
+    config: dict[str, Any] = {"task": name, "choose": arguments.choose}
     if failed:
         config["failed"] = failed
     where = "the held-out part of the training set" if arguments.choose else "the test set"
@@ -335,8 +342,32 @@ def summarize(name: str, arguments: argparse.Namespace) -> None:
     about = environment(torch.get_num_threads(), (*PACKAGES, "torch-pruning"))
     text = [title, "", *table(head, rows)]
     text += [line for failure in failed.items() for line in ("", "Failed: {}: {}.".format(*failure))]
+    text += ["", "Where runs were made, but for dates and loads (each run's own are with its raw numbers):"]
+    text += [line for place in places(found) for line in ("", place)]
     folder = arguments.work if arguments.choose else RESULTS
     write(f"accuracy_{name}", config, found, text, about=about, folder=folder)
+
+
+def beside(
+    name: str, found: dict[str, list[dict[str, Any]]], failed: dict[str, str]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Add what the table has already, but for what was run again."""
+    path = RESULTS / f"accuracy_{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"config": {}, "results": {}}
+    both = {title: list(runs) for title, runs in found.items()}
+    for title, runs in before["results"].items():
+        again = {run["seed"] for run in found.get(title, [])}
+        both.setdefault(title, []).extend(run for run in runs if run["seed"] not in again)
+        both[title].sort(key=lambda run: int(run["seed"]))
+    why = before["config"].get("failed", {}) | failed
+    return dict(sorted(both.items())), {title: text for title, text in why.items() if title not in both}
+
+
+def places(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """List the machines and versions that runs were made with."""
+    each = [run["environment"] for runs in found.values() for run in runs]
+    told = [{key: value for key, value in one.items() if key not in ("date", "load")} for one in each]
+    return list(dict.fromkeys(json.dumps(one) for one in told))
 
 
 def main() -> None:
@@ -356,15 +387,21 @@ def main() -> None:
     )
     parser.add_argument("--train", nargs="+", type=option, help="fields of the recipe: lr=0.01 teach=0.5")
     parser.add_argument("--choose", action="store_true", help="measure on a part of the training set instead")
+    parser.add_argument("--add", action="store_true", help="keep the runs that the table has already")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="checkpoints and exports")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--channels-last", action="store_true", help="keep channels last in memory, faster on some CPUs"
+    )
     parser.add_argument("--progress", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    if arguments.add and arguments.choose:
+        parser.error("--add is for the tables of the test set, which --choose does not write")
     for method in arguments.methods:
         for seed in arguments.seeds:
             folder = folder_of(arguments.task, arguments) / run_name(method, seed, arguments)

@@ -23,13 +23,19 @@ from measured import Runs, first, runs_of, shown
 # What has to be there, and the command that makes it.
 ACCURACY = ("resnet56", "resnet20", "resnet8", "keywords", "motion_cnn", "motion_gru", "speech", "cells")
 DATA = "--data-root DATA"
-ZEROS = tuple(f"--zeros {zeros} --methods magnitude ModelPruning" for zeros in (0.9, 0.95))
-CIFAR = {"resnet56": ("--macs 0.476", "--macs 0.389", *ZEROS), "resnet20": ("--macs 0.606", *ZEROS)}
+MACS = {"resnet56": (0.476, 0.389), "resnet20": (0.606,)}
+ZEROS = {"resnet56": (0.8, 0.9, 0.95), "resnet20": (0.8, 0.9, 0.95)}
 EXPECTED: dict[str, tuple[str, ...]] = {
     **{
         f"accuracy_{task}": tuple(
             f"accuracy.py {task} {options} --seeds 0 1 2 {DATA}"
-            for options in CIFAR.get(task, ("--macs 0.5",))
+            for options in (
+                *(
+                    f"--macs {macs} --methods dense tuned structural torch-pruning small"
+                    for macs in MACS.get(task, (0.5,))
+                ),
+                *(f"--zeros {zeros} --methods magnitude ModelPruning" for zeros in ZEROS.get(task, ())),
+            )
         )
         for task in ACCURACY
     },
@@ -267,6 +273,8 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     for task in ACCURACY:
         everything = shown(runs_of(found, task))
         pruned = [one for one in everything if one.method != "dense"]
+        if lacking := ", ".join(not_measured(found, task)):
+            yield f"{task}: not measured: {lacking}."
         single = [one for one in pruned if len(one.seeds) == 1]
         if single:
             yield f"{task}: one seed only in {len(single)} of {len(pruned)} rows."
@@ -290,6 +298,22 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         load, cores = (raw["environment"].get(key) or 0 for key in ("load", "cores"))
         if load > max(cores, 1) and not name.startswith(WITHOUT_TIMES):
             yield f"{name} was measured on a busy machine (load {load:.1f}, {cores or 'unknown'} cores)."
+
+
+def not_measured(found: dict[str, dict[str, Any]], task: str) -> Iterator[str]:
+    """List the rows that a task should have and has not; none of a task that has no row at all."""
+    everything = runs_of(found, task)
+    there = {(one.method, *one.budget) for one in everything}
+    failed = found.get(f"accuracy_{task}", {}).get("config", {}).get("failed", {})
+    there |= {tuple(title.split(", ")[:2]) for title in failed}
+    wanted: list[tuple[str, ...]] = [("tuned",)]
+    for macs in MACS.get(task, (0.5,)):
+        wanted += [(method, f"macs{macs:g}") for method in ("structural", "torch-pruning", "small")]
+    for zeros in ZEROS.get(task, ()):
+        wanted += [(method, f"zeros{zeros:g}") for method in ("magnitude", "ModelPruning")]
+    for row in wanted if everything else ():
+        if row not in there:
+            yield " at ".join(row)
 
 
 def shorter_peers(everything: list[Runs]) -> Iterator[str]:

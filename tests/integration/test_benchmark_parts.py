@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 import sys
 import warnings
@@ -249,6 +250,58 @@ def test_a_peer_that_cannot_cut_a_network_is_in_the_table(
     assert not list(tmp_path.rglob("result.json"))
     (line,) = re.findall("Failed: .*", (tmp_path / "results" / "accuracy_toy.md").read_text(encoding="utf-8"))
     assert re.fullmatch(r"Failed: torch-pruning, macs0\.5, allepochs: .+\.", line)
+
+
+def test_added_runs_stand_beside_those_that_the_table_has(
+    parts: SimpleNamespace, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parts.tasks.TASKS, "toy", toy)
+    monkeypatch.setattr(parts.accuracy, "RESULTS", tmp_path / "results")
+
+    def run(work: str, *rest: str) -> dict[str, Any]:
+        monkeypatch.setattr(
+            sys, "argv", ["accuracy.py", "toy", "--epochs", "2", "--work", str(tmp_path / work), *rest]
+        )
+        with warnings.catch_warnings():
+            parts.accuracy.main()
+        return json.loads((tmp_path / "results" / "accuracy_toy.json").read_text(encoding="utf-8"))
+
+    before = run("one", "--methods", "dense", "tuned", "--seeds", "0", "2", "--precision", "bf16-mixed")
+    both = run("two", "--methods", "tuned", "--seeds", "1", "2", "--add")["results"]
+    assert both["dense"] == before["results"]["dense"]
+    assert [one["seed"] for one in both["tuned, 2epochs"]] == [0, 1, 2]
+    assert [one["precision"] for one in both["tuned, 2epochs"]] == ["bf16-mixed", "32-true", "32-true"]
+    text = (tmp_path / "results" / "accuracy_toy.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| tuned, 2epochs | 3 | 2 |")]
+    assert row.endswith("| 32-true and bf16-mixed |")
+    alone = run("two", "--methods", "tuned", "--seeds", "1", "2")["results"]
+    assert [[one["seed"] for one in runs] for runs in alone.values()] == [[1, 2]]
+
+
+def test_channels_last_in_memory_change_no_number_but_by_rounding(
+    parts: SimpleNamespace, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network(width: int) -> nn.Module:
+        layers = (nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*layers, nn.Linear(width, 3))
+
+    random = torch.Generator().manual_seed(0)
+    split = (torch.randn(64, 3, 8, 8, generator=random), torch.randint(0, 3, (64,), generator=random))
+    read = lambda root: {"train": split, "val": split, "all": split, "test": split}  # noqa: E731
+    monkeypatch.setitem(parts.tasks.TASKS, "toy", replace(toy, network=network, shape=(3, 8, 8), read=read))
+    monkeypatch.setattr(parts.accuracy, "RESULTS", tmp_path / "results")
+    found = []
+    for extra in ([], ["--channels-last"]):
+        work = tmp_path / f"work{len(extra)}"
+        command = ["accuracy.py", "toy", "--epochs", "2", "--methods", "tuned", "--work", str(work)]
+        monkeypatch.setattr(sys, "argv", command + extra)
+        with warnings.catch_warnings():
+            parts.accuracy.main()
+        (checkpoint,) = work.rglob("last.ckpt")
+        found.append(torch.load(checkpoint, weights_only=True)["state_dict"]["network.0.weight"])
+    assert found[1].is_contiguous(memory_format=torch.channels_last)
+    assert not found[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(

@@ -41,7 +41,7 @@ def results(folder: Path, choose: bool = False) -> Path:
         "structural, macs0.5, lr=1, 5epochs": [run_of("structural", 0, 0.9, 0.9, 5, epochs=5)],
         "torch-pruning, macs0.5, 5epochs": [run_of("torch-pruning", 0, 0.8, 0.8, 5, epochs=5)],
     }
-    failed = {"torch-pruning, macs0.25": "IndexError: 7"}
+    failed = {"torch-pruning, macs0.25": "IndexError: 7", "small, macs0.5, 7epochs": "ValueError: 1"}
     p50 = {"dense": 20.0, "dense.int8": 10.0, "pruned": 12.0, "pruned.int8": 3.0}
     timed = {
         "network": "resnet18", "budget": 0.5, "noisy": True, "macs": {"dense": 4, "pruned": 2},
@@ -121,6 +121,8 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
     shorter = "torch-pruning, macs 0.5, 5 epochs was trained for less long than structural, macs 0.5, 7"
     assert shorter in weak
     assert "keywords: trained for" not in weak
+    assert "keywords: not measured: tuned, small at macs0.5." in weak
+    assert "resnet56: not measured" not in weak  # of which there is nothing at all
     assert "the machine was noisy" in weak
     assert weak.count("busy machine") == 1
     assert "magnitude_step was measured on a busy machine (load 2.5, 2 cores)." in weak
@@ -128,6 +130,7 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
 
 def test_what_a_peer_could_not_do_is_said(page: str) -> None:
     assert "resnet8: torch-pruning, macs0.25 could not be done: IndexError: 7." in page.splitlines()
+    assert "- resnet8: not measured: tuned." in page.splitlines()
 
 
 def test_cost_is_the_median_ratio_of_steps_made_in_turn(page: str) -> None:
