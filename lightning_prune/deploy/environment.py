@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ SIMD = (
     "avx_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni_int8", "amx_tile", "amx_int8", "amx_bf16",
     "neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme", "rvv",
 )  # fmt: skip
+
+
+# Those that multiply and add integers of 8 bits without an overflow.
+_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def environment() -> dict[str, Any]:
@@ -61,6 +66,21 @@ def instruction_sets(info: dict[str, str] | None = None) -> list[str]:
     fields = _cpuinfo() if info is None else info
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return [name for name in SIMD if name in flags]
+
+
+def lacks_vnni(known: Mapping[str, Any]) -> bool:
+    """Say whether a processor is an x86 one without VNNI, on which quick sums of 8-bit products overflow.
+
+    Args:
+        known: An `environment()`, or what a bundle's runner says of a device.
+
+    Example:
+        >>> lacks_vnni({"arch": "x86_64", "instruction_sets": ["avx2"]}), lacks_vnni({})
+        (True, False)
+    """
+    arch = str(known.get("arch") or known.get("machine")).lower()
+    sets = known.get("instruction_sets")
+    return arch in ("x86_64", "amd64") and bool(sets) and not _VNNI.intersection(sets)
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -50,7 +50,8 @@ class Quantize:
         mode: `"static"` (activations' ranges are calibrated; convolutional networks) or `"dynamic"` (they are
             found at run time; LSTM and transformers).
         target: The processor: `"x86-vnni"`, `"x86-avx2"` (7-bit weights, whose sums cannot overflow without
-            VNNI), `"arm64"`, or `"npu-s8s8"` (signed symmetric activations).
+            VNNI), `"arm64"`, or `"npu-s8s8"` (signed symmetric activations). Accuracy is measured with exact
+            sums wherever the export runs.
         calibration: How a range is found: `"minmax"`, `"entropy"` or `"percentile"`.
         batches: How many batches calibrate.
         source: Where they come from: `"train"` or `"val"`.

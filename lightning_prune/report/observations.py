@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_prune.deploy.environment import lacks_vnni
 from lightning_prune.report import text
 from lightning_prune.report.measures import sparsity
 from lightning_prune.report.results import Report, Variant
@@ -22,6 +23,9 @@ def remarks(report: Report) -> tuple[str, ...]:
         pruned: 80.0 % of the weights are zero, but zeros alone bring no speed on a dense runtime (1.00x).
     """
     found = list(report.warnings)
+    overflow = _overflow(report)
+    if overflow:
+        found.append(overflow)
     for variant in report.variants:
         if variant is report.baseline or report.baseline is None:
             continue
@@ -30,6 +34,20 @@ def remarks(report: Report) -> tuple[str, ...]:
             if sentence:
                 found.append(f"{variant.name}: {sentence}.")
     return tuple(dict.fromkeys(found))
+
+
+def _overflow(report: Report) -> str:
+    """8-bit files for a processor that one of those here is not."""
+    names = [v.name for v in report.variants if v.quantization and v.quantization.get("target") == "x86-vnni"]
+    where = ["this processor"] if lacks_vnni(report.environment) else []
+    where += [column.label for column in report.measurements if lacks_vnni(column.environment)]
+    if not names or not where:
+        return ""
+    return (
+        f"{', '.join(names)}: made for x86 with VNNI, which {' and '.join(where)} has not. There, an ONNX "
+        "Runtime session gives right outputs only with session.x64quantprecision=1, slower, as all "
+        "numbers here were measured; for such a processor, quantize with target='x86-avx2'."
+    )
 
 
 def faster(baseline: Variant, variant: Variant) -> float | None:

@@ -20,6 +20,7 @@ from lightning_prune.deploy.bundle import (
     verify_bundle,
     write_bundle,
 )
+from lightning_prune.deploy.environment import instruction_sets
 from lightning_prune.deploy.quantize import Quantize, quantize_file
 from lightning_prune.errors import ConfigurationError, ExportError
 
@@ -93,6 +94,9 @@ def test_the_runner_verifies_compares_and_times(bundle):
         assert variant["peak_memory_bytes"] > 0
     assert result["again"] > 0
     assert result["environment"]["onnxruntime"]
+    assert result["environment"]["instruction_sets"] == [
+        name for name in instruction_sets() if name in ("avx2", "avx512_vnni", "avx_vnni", "amx_int8")
+    ]
 
 
 def test_the_runner_needs_only_the_standard_library_numpy_and_onnxruntime(bundle):

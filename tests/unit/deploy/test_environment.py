@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune.deploy.environment import environment, instruction_sets
+from lightning_prune.deploy.environment import environment, instruction_sets, lacks_vnni
 
 
 def test_machine_and_versions_are_the_systems_own():
@@ -38,6 +38,22 @@ def test_instruction_sets_are_those_of_lscpu():
 
 def test_arm_features_are_read_too():
     assert instruction_sets({"Features": "fp asimd asimddp i8mm"}) == ["asimd", "asimddp", "i8mm"]
+
+
+@pytest.mark.parametrize(
+    ("known", "lacks"),
+    [
+        ({"arch": "x86_64", "instruction_sets": ["avx", "avx2"]}, True),
+        ({"machine": "AMD64", "instruction_sets": ["avx2"]}, True),
+        ({"arch": "x86_64", "instruction_sets": ["avx2", "avx_vnni"]}, False),
+        ({"arch": "x86_64", "instruction_sets": ["avx512f", "avx512_vnni"]}, False),
+        ({"arch": "x86_64", "instruction_sets": []}, False),  # not known
+        ({"arch": "aarch64", "instruction_sets": ["asimd"]}, False),
+        ({"instruction_sets": None}, False),
+    ],
+)
+def test_only_a_known_x86_processor_without_it_lacks_vnni(known, lacks):
+    assert lacks_vnni(known) is lacks
 
 
 def test_nothing_names_a_host_a_user_or_a_path():

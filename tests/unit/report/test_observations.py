@@ -8,7 +8,7 @@ import pytest
 from report_data import example_report, latency
 
 from lightning_prune.report.observations import remarks
-from lightning_prune.report.results import Report, Variant
+from lightning_prune.report.results import Measurement, Report, Variant
 
 DENSE = Variant(
     "dense", bytes=1000, compressed_bytes=900, parameters=100, nonzero=100, macs=1000, latency_ms=latency(1.0)
@@ -62,3 +62,19 @@ def test_good_report_has_only_its_own_warnings_each_once():
 def test_unmeasured_variants_are_not_judged():
     assert remarks(Report((Variant("dense"), Variant("pruned")))) == ()
     assert remarks(Report(())) == ()
+
+
+def test_8_bit_files_for_vnni_are_told_of_processors_without_it():
+    old, new = ({"arch": "x86_64", "instruction_sets": [*sets]} for sets in (("avx2",), ("avx2", "avx_vnni")))
+    int8 = Variant("dense.int8", quantization={"target": "x86-vnni"})
+    seven = replace(int8, quantization={"target": "x86-avx2"})
+    (sentence,) = remarks(Report((DENSE, int8), environment=old))
+    assert sentence.startswith("dense.int8: made for x86 with VNNI, which this processor has not.")
+    assert "session.x64quantprecision=1" in sentence
+    assert "target='x86-avx2'" in sentence
+    assert remarks(Report((DENSE, int8), environment=new)) == ()
+    assert remarks(Report((DENSE, seven), environment=old)) == ()
+    assert remarks(Report((DENSE,), environment=old)) == ()
+    device = Measurement("pi@kitchen", latency_ms={}, environment=old)
+    (sentence,) = remarks(Report((DENSE, int8), environment=new, measurements=(device,)))
+    assert "which pi@kitchen has not" in sentence

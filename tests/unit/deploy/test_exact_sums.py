@@ -1,0 +1,80 @@
+"""8-bit sums are those of integers on every processor; x86 without VNNI adds in 16 bits, and overflows."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lightning_prune.deploy._profile_child import open_onnxruntime
+from lightning_prune.deploy.bundle_runner import exact_session
+from lightning_prune.deploy.runtime import open_session
+from lightning_prune.runtime import _opener
+
+WEIGHTS = np.stack([np.full((16, 3, 3), 127), np.random.default_rng(0).integers(-127, 128, (16, 3, 3))])
+INPUTS = np.random.default_rng(1).integers(200, 256, (1, 16, 5, 5))
+
+
+def quantized(shared: bool) -> onnx.ModelProto:
+    """One convolution of large numbers, or two of the same weights, in steps of 1/256 and 1/64."""
+    constants = {
+        "sx": np.float32(2**-8), "zx": np.uint8(0), "w": WEIGHTS.astype(np.int8),
+        "sw": np.full(2, 2**-6, np.float32), "zw": np.zeros(2, np.int8),
+        "sy": np.float32(2), "zy": np.uint8(100),
+    }  # fmt: skip
+    nodes = [helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wf"], axis=0)]
+    for i in range(1 + shared):
+        nodes += [
+            helper.make_node("QuantizeLinear", [f"x{i}", "sx", "zx"], [f"q{i}"]),
+            helper.make_node("DequantizeLinear", [f"q{i}", "sx", "zx"], [f"d{i}"]),
+            helper.make_node("Conv", [f"d{i}", "wf"], [f"c{i}"]),
+            helper.make_node("QuantizeLinear", [f"c{i}", "sy", "zy"], [f"p{i}"]),
+            helper.make_node("DequantizeLinear", [f"p{i}", "sy", "zy"], [f"y{i}"]),
+        ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value(f"x{i}", TensorProto.FLOAT, [1, 16, 5, 5]) for i in range(1 + shared)],
+        [value(f"y{i}", TensorProto.FLOAT, [1, 2, 3, 3]) for i in range(1 + shared)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def expected() -> np.ndarray:
+    windows = np.lib.stride_tricks.sliding_window_view(INPUTS[0], (3, 3), axis=(1, 2))
+    sums = np.einsum("cijhw,ochw->oij", windows, WEIGHTS)
+    return 2.0 * (np.clip(np.rint(sums * 2.0**-15) + 100, 0, 255) - 100)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("way", ["evaluation", "runner", "profile", "elastic"])
+def test_sums_do_not_overflow(tmp_path, way, shared):
+    path = tmp_path / "q.onnx"
+    onnx.save(quantized(shared), str(path))
+    opened = {
+        "evaluation": lambda: open_session(path),
+        "runner": lambda: exact_session(str(path), onnxruntime.SessionOptions()),
+        "profile": lambda: open_onnxruntime(str(path), {"threads": 1})[2],
+        "elastic": lambda: _opener(["CPUExecutionProvider"], None)(path),
+    }[way]()
+    x = (INPUTS * 2.0**-8).astype(np.float32)
+    for y in opened.run(None, {f"x{i}": x for i in range(1 + shared)}):
+        np.testing.assert_array_equal(y[0], expected())
+
+
+def test_the_oracle_would_see_an_overflow():
+    # Two products of 8 bits, added in 16.
+    assert INPUTS.min() * 127 * 2 > 2**15
+    assert expected().max() > 2.0 * (9 * 8 * (2**15 - 1) * 2.0**-15)
+
+
+def test_options_of_the_user_stay_as_they_are(tmp_path):
+    onnx.save(quantized(False), str(tmp_path / "q.onnx"))
+    options = onnxruntime.SessionOptions()
+    _opener(["CPUExecutionProvider"], options)(tmp_path / "q.onnx")
+    with pytest.raises(RuntimeError, match="x64quantprecision"):
+        options.get_session_config_entry("session.x64quantprecision")
