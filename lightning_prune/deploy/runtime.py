@@ -61,11 +61,39 @@ def open_session(model: str | Path | bytes, *, threads: int = 0, optimized: str 
             options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
     try:
         if optimized is None:
-            return exact_session(source, options)
+            session = exact_session(source, options)
+            if options.get_session_config_entry("session.x64quantprecision") == "1":
+                return session
+            # A static file is exact without it.
+            apart = _with_weights_apart(source)
+            return session if apart is None else exact_session(apart, options)
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         what = "the model" if isinstance(model, bytes) else Path(model).name
         raise EvaluationError(f"ONNX Runtime does not accept {what}: {error}") from error
+
+
+def _with_weights_apart(source: str | bytes) -> bytes | None:
+    """Give operators that share an 8-bit weight one each; None if none do, or if it is over 2 GiB."""
+    import onnx
+
+    proto = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)
+    weights = {item.name: item for item in proto.graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    seen: set[str] = set()
+    count = len(proto.graph.initializer)
+    for number, node in enumerate(proto.graph.node):
+        for place, name in enumerate(node.input):
+            if name in seen and node.op_type != "DequantizeLinear":
+                twin = onnx.TensorProto()
+                twin.CopyFrom(weights[name])
+                twin.name = node.input[place] = f"{name}_{number}"
+                proto.graph.initializer.append(twin)
+            elif name in weights:
+                seen.add(name)
+    if len(proto.graph.initializer) == count or proto.ByteSize() >= 2**31:
+        return None
+    serialized: bytes = proto.SerializeToString()
+    return serialized
 
 
 _NUMPY = {

@@ -66,6 +66,32 @@ def test_sums_do_not_overflow(tmp_path, way, shared):
         np.testing.assert_array_equal(y[0], expected())
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_of_a_dynamic_file_do_not_overflow_in_evaluation(tmp_path, shared):
+    """Two steps of a recurrent network, say, have one weight."""
+    weights = np.random.default_rng(2).integers(-127, 128, (64, 8))
+    x = np.random.default_rng(3).integers(200, 256, (4, 64))
+    nodes = [
+        helper.make_node("MatMulInteger", [f"x{i}", "w", "zx", "zw"], [f"y{i}"]) for i in range(1 + shared)
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value(f"x{i}", TensorProto.UINT8, [4, 64]) for i in range(1 + shared)],
+        [value(f"y{i}", TensorProto.INT32, [4, 8]) for i in range(1 + shared)],
+        [
+            numpy_helper.from_array(weights.astype(np.int8), "w"),
+            numpy_helper.from_array(np.uint8(0), "zx"),
+            numpy_helper.from_array(np.int8(0), "zw"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = open_session(model.SerializeToString())
+    for y in session.run(None, {f"x{i}": x.astype(np.uint8) for i in range(1 + shared)}):
+        np.testing.assert_array_equal(y, x @ weights)
+
+
 def test_the_oracle_would_see_an_overflow():
     # Two products of 8 bits, added in 16.
     assert INPUTS.min() * 127 * 2 > 2**15
