@@ -563,7 +563,7 @@ def _opener(providers: list[str], options: Any) -> Callable[[Path], Any]:
             # On x86 without VNNI, sums of 8-bit products overflow else.
             return plain(path, x64quantprecision="1")
         except Exception:  # noqa: BLE001 - its own classes are private
-            # ONNX Runtime 1.32 cannot where operators share a weight; 8-bit steps of static files then run in float.
+            # ONNX Runtime 1.32 cannot where operators share a weight: then a static file runs in float.
             return plain(path, disable_quant_qdq="1")
 
     return plain if options else exact

@@ -169,7 +169,7 @@ def exact_session(model: Any, options: Any) -> Any:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception:  # noqa: BLE001 - its own classes are private
-        # ONNX Runtime 1.32 cannot where operators share a weight; 8-bit steps of static files then run in float.
+        # ONNX Runtime 1.32 cannot where operators share a weight: then a static file runs in float.
         options.log_severity_level = said
         options.add_session_config_entry("session.x64quantprecision", "0")
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -12,6 +12,7 @@ from quantized_networks import MORE, NETWORKS, Plain, Residual
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_prune.deploy.bundle_runner import exact_session
 from lightning_prune.deploy.fake_quant import grid_of
 from lightning_prune.deploy.fake_quant_file import Trained, TrainedFile
 from lightning_prune.deploy.fake_quant_network import FakeQuantized
@@ -72,16 +73,17 @@ def trained(make, shape, target="x86-vnni", learned=False, per_channel=True, **o
     return network, x, state, rounding, expected
 
 
-def session(path, folder):
+def session(path):
+    """Exact on processors without VNNI too; see test_exact_sums.py."""
+    return exact_session(str(path), onnxruntime.SessionOptions())
+
+
+def ops(path, folder):
+    """What ONNX Runtime runs, as it is by itself."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")
-    # Exact on processors without VNNI too.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def ops(folder):
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return [node.op_type for node in onnx.load(str(folder / "optimized.onnx")).graph.node]
 
 
@@ -99,7 +101,7 @@ def grids_of(path, x, folder):
         if name not in there:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     onnx.save(model, str(folder / "open.onnx"))
-    opened = session(folder / "open.onnx", folder)
+    opened = session(folder / "open.onnx")
     values = opened.run([name for name, _ in found], {opened.get_inputs()[0].name: x})
     return [(step, value) for (_, step), value in zip(found, values, strict=True)]
 
@@ -112,9 +114,9 @@ def test_every_layer_runs_in_integers_and_every_grid_is_at_most_one_step_off(nam
     make, shape, integers, floating = {**NETWORKS, **MORE}[name]
     network, x, state, rounding, expected = trained(make, shape, per_channel=per_channel)
     done = TrainedFile(network, state, ((x,), {})).write(tmp_path / "q.onnx")
-    run = session(done.path, tmp_path)
+    run = session(done.path)
     actual = run.run(None, {run.get_inputs()[0].name: x.numpy()})[0]
-    found = ops(tmp_path)
+    found = ops(done.path, tmp_path)
     assert sum(op in INTEGER for op in found) == integers == done.integer
     assert not {"Conv", "FusedConv", "Gemm"} & set(found) or floating
     assert set(rounding.plan.floating) == floating
@@ -140,7 +142,7 @@ def test_each_target_has_its_own_integers(target, kind, limit, tmp_path):
     points = [v for n, v in constants.items() if n.endswith("_zero_point") and v.ndim == 0]
     assert {v.dtype for v in points} == {np.dtype(kind)}
     assert not any(v.any() for v in points) or target != "npu-s8s8"
-    run = session(done.path, tmp_path)
+    run = session(done.path)
     actual = run.run(None, {run.get_inputs()[0].name: x.numpy()})[0]
     assert np.abs(actual - expected).max() <= 0.05 * np.abs(expected).max()
 
@@ -215,8 +217,7 @@ def test_what_is_excluded_stays_in_float_and_keeps_its_weights(tmp_path):
     assert file.layers == ["a.0", "head"]
     for exclude, integers in (((), 2), (("head",), 1)):
         done = file.write(tmp_path / "q.onnx", exclude)
-        session(done.path, tmp_path)
-        assert sum(op in INTEGER for op in ops(tmp_path)) == integers == done.integer
+        assert sum(op in INTEGER for op in ops(done.path, tmp_path)) == integers == done.integer
         assert {item["reason"] for item in done.floating} == {"kept in float on purpose"}
         constants = {i.name: numpy_helper.to_array(i) for i in onnx.load(str(done.path)).graph.initializer}
         assert any(v.shape == network.b[0].weight.shape and v.dtype == np.float32 for v in constants.values())
@@ -273,7 +274,7 @@ def test_equal_layers_that_read_the_same_become_one(tmp_path):
     network, x, state, _, _ = trained(Copied, (8, 3, 16, 16))
     network.twin.load_state_dict(network.head.state_dict())
     done = TrainedFile(network, state, ((x,), {})).write(tmp_path / "q.onnx")
-    run = session(done.path, tmp_path)
+    run = session(done.path)
     actual = run.run(None, {run.get_inputs()[0].name: x.numpy()})[0]
     expected = network(x).detach().numpy()
     assert np.abs(actual - expected).max() <= 0.03 * np.abs(expected).max()
