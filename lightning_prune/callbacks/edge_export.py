@@ -189,6 +189,9 @@ class EdgeExport(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             say(pl_module, "EdgeExport: nothing is exported in a fast_dev_run.")
             return
+        if trainer.val_dataloaders is None:
+            # Lightning does not ask for them where a fit that had ended is resumed, as after a killed export.
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         _on_first_process(trainer, lambda: self._export(trainer, pl_module))
 
     # ------------------------------------------------------------------ work

@@ -79,7 +79,7 @@ def lacks_vnni(known: Mapping[str, Any]) -> bool:
         (True, False)
     """
     arch = str(known.get("arch") or known.get("machine")).lower()
-    sets = known.get("instruction_sets")
+    sets = known.get("instruction_sets") or ()
     return arch in ("x86_64", "amd64") and bool(sets) and not _VNNI.intersection(sets)
 
 

@@ -177,6 +177,19 @@ def test_a_run_that_was_killed_and_resumed_exports_the_same_files(run, tmp_path,
     assert edge.report.training == run["edge"].report.training
 
 
+def test_a_fit_that_had_ended_is_resumed_to_the_same_files_and_numbers(run, tmp_path):
+    """As after a kill while the files were made; Lightning then runs no loop."""
+    pl.seed_everything(7)
+    edge = EdgeExport(str(tmp_path / "edge"), profile=None)
+    keep = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1, save_last=True)
+    resumed = trainer(tmp_path, [*pruners(), edge, keep], enable_checkpointing=True)
+    resumed.fit(Net(), loader(), loader(1), ckpt_path=run["path"] / "ckpt" / "last.ckpt", weights_only=True)
+    first, again = hashes(run["path"] / "edge"), hashes(tmp_path / "edge")
+    assert {name: again[name] for name in THREE} == {name: first[name] for name in THREE}
+    for variant in run["edge"].report.variants:
+        assert edge.report.variant(variant.name).metrics == variant.metrics != {}
+
+
 def test_the_trained_module_is_as_it_was(tmp_path):
     seen = {}
 
