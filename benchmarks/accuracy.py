@@ -90,8 +90,13 @@ def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
         "scope": options.pop("zeros_scope", "global"),
     }
     zeros_until = options.pop("zeros_until", ZEROS_UNTIL)
+    # In steps, for few epochs: at the start of epochs, a short window has room for one event only.
+    every = options.pop("zeros_every", 0)
+    when = {"interval": "step", "frequency": every} if every else {}
     if method == "magnitude":
-        return [MagnitudePruning(arguments.zeros, schedule=Schedule("cubic", end=zeros_until), **zeros)]
+        return [
+            MagnitudePruning(arguments.zeros, schedule=Schedule("cubic", end=zeros_until, **when), **zeros)
+        ]
     first = Schedule("cubic" if until else "one_shot", begin=0, end=until, unit="epoch")
     callbacks: list[Callback] = [StructuralPruning(Budget(macs=arguments.macs), schedule=first, **options)]
     if method == "joint":
@@ -296,7 +301,7 @@ def title_of(name: str) -> str:
         'structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs'
     """
     keys = {*inspect.signature(StructuralPruning).parameters, "until"}
-    keys |= {"criterion", "zeros_scope", "zeros_until"}
+    keys |= {"criterion", "zeros_scope", "zeros_until", "zeros_every"}
     keys |= {field.name for field in fields(Recipe)}
     starts = "|".join(sorted(f"{key}-" for key in keys))
     parts = re.split(rf"_(?={starts}|macs[\d.]|zeros[\d.]|\w+epochs$)", name)

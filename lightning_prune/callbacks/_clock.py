@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_prune._lightning import LightningModule, Trainer
+from lightning_prune._lightning import LightningModule, Trainer, say
 from lightning_prune.schedules import Interval, Schedule, Timeline
 
 
@@ -28,7 +28,16 @@ def plan(trainer: Trainer, pl_module: LightningModule, schedule: Schedule) -> Ti
         ScheduleError: If the window ends after the training, or its length is needed and not known.
     """
     epochs, steps = training_length(trainer, pl_module)
-    return schedule.plan(epochs=epochs, steps=steps, clamp=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
+    hurried = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    timeline = schedule.plan(epochs=epochs, steps=steps, clamp=hurried)
+    gradual = schedule.curve != "one_shot" and schedule.begin < schedule.end
+    if gradual and not hurried and timeline.interval == "epoch" and timeline.level_at(timeline.end - 1) == 0:
+        say(
+            pl_module,
+            f"The {schedule.curve} schedule has room for one event: everything goes at once, at the start of "
+            f"epoch {timeline.end}. To prune gradually in few epochs, give it interval='step', frequency=N.",
+        )
+    return timeline
 
 
 def now(trainer: Trainer, pl_module: LightningModule, interval: Interval) -> int:

@@ -480,3 +480,31 @@ def test_both_namespaces_take_the_callback(tmp_path, namespace):
     )
     run.fit(net, data())
     assert int((net.layer.weight == 0).sum()) == 50
+
+
+# ------------------------------------------------------------------ short fits
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "epoch"),
+    [
+        (Schedule("cubic", end=0.6), 3, 1),
+        (Schedule("linear"), 1, 0),
+        (Schedule("cubic", end=0.6), 5, None),
+        (Schedule("cubic", end=0.6, interval="step", frequency=2), 3, None),
+        (Schedule("one_shot", begin=0.5), 3, None),
+        (Schedule("linear", 1, 1, unit="epoch"), 3, None),
+        (Schedule("linear", end=0.4, initial=0.5), 3, None),
+    ],
+)
+def test_a_gradual_schedule_with_room_for_one_event_is_told(tmp_path, caplog, schedule, epochs, epoch):
+    pruning = MagnitudePruning(0.8, schedule=schedule)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, pruning, max_epochs=epochs).fit(Net(), data())
+    told = [text for text in caplog.messages if "has room for one event" in text]
+    if epoch is None:
+        assert told == []
+    else:
+        assert len(told) == 1
+        assert f"at the start of epoch {epoch}." in told[0]
+        assert len(pruning.pruning_summary()["history"]) == 1
