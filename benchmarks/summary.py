@@ -331,12 +331,18 @@ def shorter_peers(everything: list[Runs]) -> Iterator[str]:
 
 
 def better_peers(everything: list[Runs]) -> Iterator[str]:
-    """Say where another way is better than channels taken by this package, at as few MACs."""
+    """Say where another way is better than channels taken by this package, at as few MACs; or no worse than
+    its zeros, at as many, trained no longer.
+    """
     for ours in everything:
         for peer in everything:
+            lead = statistics.mean(peer.scores("float")) - statistics.mean(ours.scores("float"))
+            same = ours.budget == peer.budget and peer.epochs <= ours.epochs
+            if (ours.method, peer.method) == ("magnitude", "ModelPruning") and same and lead >= 0:
+                how = f"better by {lead:.2f} points than" if lead else "as good as"
+                yield f"{ours.task}: {peer.name} is {how} {ours.name}."
             if ours.method != "structural" or peer.method not in ("torch-pruning", "small"):
                 continue
-            lead = statistics.mean(peer.scores("float")) - statistics.mean(ours.scores("float"))
             if peer.fewer >= 0.98 * ours.fewer and lead > 0:
                 yield f"{ours.task}: {peer.name} is better by {lead:.2f} points than {ours.name}."
 

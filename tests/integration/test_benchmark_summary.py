@@ -32,6 +32,10 @@ def results(folder: Path, choose: bool = False) -> Path:
         ],
         "structural, macs0.4": [run_of("structural", 0, 0.5, 0.5, 400)],
         "torch-pruning, macs0.5": [run_of("torch-pruning", 0, 0.915, 0.9, 495)],
+        "magnitude, zeros0.8": [run_of("magnitude", 0, 0.9, 0.9, 1000)],
+        "ModelPruning, zeros0.8": [run_of("ModelPruning", 0, 0.9, 0.9, 1000, epochs=6)],
+        "magnitude, zeros0.9": [run_of("magnitude", 0, 0.8, 0.8, 1000)],
+        "ModelPruning, zeros0.9": [run_of("ModelPruning", 0, 0.7, 0.7, 1000)],
     }  # fmt: skip
     resnet8 = {
         "dense": [run_of("dense", 0, 0.87, 0.87, 10)],
@@ -116,7 +120,9 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
     assert "84.99 (1 seed) where 85 was wanted" in weak
     assert "torch-pruning, macs 0.5, 7 epochs is better by 0.50 points than structural, macs 0.5, 7" in weak
     assert "than structural, macs 0.4" not in weak  # which has fewer MACs
-    assert "keywords: one seed only in 2 of 3 rows." in weak
+    assert "keywords: one seed only in 6 of 7 rows." in weak
+    assert "ModelPruning, zeros 0.8, 6 epochs is as good as magnitude, zeros 0.8, 7 epochs." in weak
+    assert "ModelPruning, zeros 0.9, 7 epochs is" not in weak
     assert "resnet8: trained for 5 or 7 epochs, not for" in weak
     shorter = "torch-pruning, macs 0.5, 5 epochs was trained for less long than structural, macs 0.5, 7"
     assert shorter in weak
