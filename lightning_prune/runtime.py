@@ -548,22 +548,22 @@ def _escaped(text: str) -> str:
 def _opener(providers: list[str], options: Any) -> Callable[[Path], Any]:
     import onnxruntime
 
-    def plain(path: Path, **entries: str) -> Any:
-        chosen = options
-        if chosen is None:
-            chosen = onnxruntime.SessionOptions()
-            chosen.intra_op_num_threads = chosen.inter_op_num_threads = 1
-            chosen.log_severity_level = 4  # what is wrong is raised
-            for key, value in entries.items():
-                chosen.add_session_config_entry(f"session.{key}", value)
-        return onnxruntime.InferenceSession(str(path), chosen, providers=providers)
+    if options is not None:
+        return lambda path: onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+    def opened(path: Path, entry: str) -> Any:
+        ours = onnxruntime.SessionOptions()
+        ours.intra_op_num_threads = ours.inter_op_num_threads = 1
+        ours.log_severity_level = 4  # what is wrong is raised
+        ours.add_session_config_entry(entry, "1")
+        return onnxruntime.InferenceSession(str(path), ours, providers=providers)
 
     def exact(path: Path) -> Any:
         try:
             # On x86 without VNNI, sums of 8-bit products overflow else.
-            return plain(path, x64quantprecision="1")
+            return opened(path, "session.x64quantprecision")
         except Exception:  # noqa: BLE001 - its own classes are private
             # ONNX Runtime 1.32 cannot where operators share a weight: then a static file runs in float.
-            return plain(path, disable_quant_qdq="1")
+            return opened(path, "session.disable_quant_qdq")
 
-    return plain if options else exact
+    return exact
