@@ -129,8 +129,8 @@ def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
     example = torch.zeros(1, *task.shape)
     ends = [
         layer
-        for layer in network.modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == task.classes
+        for name, layer in network.named_modules()
+        if name in task.ends or (isinstance(layer, nn.Linear) and layer.out_features == task.classes)
     ]
     dense = count_macs(network, (example,))
     with of_the_peer():

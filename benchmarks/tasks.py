@@ -44,6 +44,8 @@ class Task:
         metric: What its validation loop logs.
         pruning: What was better on what is held out than the defaults: arguments of StructuralPruning, and
             `until`, the part of the fit at whose end all channels are gone.
+        ends: Names of layers that Torch-Pruning leaves as they are, besides linear ones of as many outputs as
+            there are classes.
     """
 
     title: str
@@ -63,6 +65,7 @@ class Task:
     learner: Callable[..., LightningModule] = Classifier
     metric: str = "val_acc"
     pruning: dict[str, Any] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
 
     def make(self, root: Path | str | None, width: int | None = None) -> nn.Module:
         """Make the network, with the published weights if it has them and the width is its own."""
@@ -148,7 +151,7 @@ TASKS = {
         detection.Retina, 32, (3, 240, 320), 3, _joined(data.cells), scale=detection.scaled,
         base=60, tune=40, base_lr=1e-3, batch=8,
         augment=lambda _: data.mirrored_boxes, learner=detection.Detector, metric="val_map",
-        recipe=Recipe(lr=5e-4, optimizer="adamw", decay=0.02),
+        recipe=Recipe(lr=5e-4, optimizer="adamw", decay=0.02), ends=("scores", "boxes"),
     ),
 }  # fmt: skip
 

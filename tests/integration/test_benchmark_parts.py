@@ -187,6 +187,16 @@ def test_the_peer_is_trained_in_train_mode(parts: SimpleNamespace) -> None:
     assert all(layer.training for layer in network.modules())
 
 
+def test_the_peer_leaves_the_outputs_of_a_detection_network(parts: SimpleNamespace) -> None:
+    task = parts.tasks.TASKS["cells"]
+    x = torch.zeros(1, *task.shape)
+    dense = task.network(8)
+    network = parts.accuracy.torch_pruning(copy.deepcopy(dense), task, 0.9)
+    assert network.smooth[0].out_channels < dense.smooth[0].out_channels
+    for name, y in network(x).items():
+        assert y.shape == dense(x)[name].shape
+
+
 class Killed(Exception):
     """Stands for a kill."""
 

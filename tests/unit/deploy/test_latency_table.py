@@ -98,7 +98,7 @@ def test_widths_are_few_and_such_that_runtimes_are_fast_at(size):
 
 
 def test_times_are_positive_and_less_is_never_slower():
-    # Large enough to be told from the clock's own unrest: at 8x8 pixels the convolution takes 0.5 microseconds.
+    # Large enough to be told from the clock's own unrest: at 8x8 pixels the convolution takes 0.5 us.
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 900, 10))
     layers = observe(net, (torch.zeros(1, 3, 32, 32),), {})
     times, _, target = lt.measure_layers(layers, {("0.weight", 0), ("3.weight", 1)})
