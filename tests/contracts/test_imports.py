@@ -91,17 +91,16 @@ def test_sparsity_and_structure_know_no_lightning(path, layer):
         assert "lightning_prune._lightning" not in set(imports_of(path))
 
 
-@pytest.mark.parametrize(
-    "heavy", ["onnx", "onnxruntime", "onnxscript", "matplotlib", "torch_pruning", "jinja2"]
-)
-def test_importing_the_package_does_not_import(heavy):
+def test_importing_the_package_does_not_import_what_is_not_always_used():
     # Lightning's own imports are not ours to judge: what matters is what this package adds.
     code = (
         "import sys, pytorch_lightning; before = set(sys.modules); import lightning_prune; "
-        f"print({heavy!r} in set(sys.modules) - before)"
+        "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    added = set(done.stdout.split())
+    assert "lightning_prune" in added
+    assert not added & {"onnx", "onnxruntime", "onnxscript", "matplotlib", "torch_pruning", "jinja2"}
 
 
 def test_schedules_and_results_know_no_torch():

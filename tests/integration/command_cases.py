@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from magnitude_cases import data
+from processes import run_python
 from pytorch_lightning import LightningDataModule
 from structural_cases import Net as Net  # named in configs
 
@@ -36,13 +34,7 @@ trainer:
 
 def command(folder: Path, words: str) -> str:
     """Run `lightning-prune` in a folder, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_prune", *words.split()],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    paths = {"PYTHONPATH": str(Path(__file__).parent)}
+    done = run_python("-m", "lightning_prune", *words.split(), cwd=folder, env=paths)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

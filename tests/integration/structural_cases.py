@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -109,18 +108,6 @@ def fitted(folder: Path, net: Net, callbacks: list[Callback], ckpt_path: str | N
     fit = trainer(folder, *callbacks, keep, *extra, max_epochs=6, enable_checkpointing=True)
     fit.fit(net, data(), data(), ckpt_path=ckpt_path)
     return net, fit.optimizers[0], callbacks
-
-
-def killed_run(*arguments: object, script: str = __file__) -> None:
-    """Run in another process that kills itself in the middle of an epoch."""
-    finished = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == -signal.SIGKILL, finished.stderr
 
 
 def assert_equal_state(a, b) -> None:

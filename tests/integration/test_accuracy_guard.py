@@ -15,10 +15,11 @@ import pytest
 import torch
 from guard_cases import Cliff, callbacks, guarded, kept
 from magnitude_cases import LIGHTNING_WARNINGS, data, trainer
+from processes import killed_run
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.cli import LightningCLI
-from structural_cases import Net, assert_equal_state, killed_run
+from structural_cases import Net, assert_equal_state
 from test_structural_ddp import run as run_on_two_ranks
 from torch.optim.swa_utils import get_ema_avg_fn
 
@@ -243,7 +244,7 @@ def test_a_killed_run_decides_as_one_that_was_not(tmp_path, epoch):
     """Killed while it recovers, and after its first return."""
     net, fit, made = guarded(tmp_path / "whole", "gsm")
     assert {entry["decision"] for entry in history(made)} >= {"return", "settle"}
-    killed_run(tmp_path / "killed", "gsm", epoch, script=guard_cases.__file__)
+    killed_run(guard_cases.__file__, tmp_path / "killed", "gsm", epoch)
     last = tmp_path / "killed" / "last.ckpt"
     again, second, remade = guarded(tmp_path / "killed", "gsm", str(last))
     assert_equal_state(everything(net, fit, made), everything(again, second, remade))

@@ -1,7 +1,6 @@
 """The `lightning-prune` command as a user types it, on the quickstart's config made small."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from processes import run_python
 
 from lightning_prune.cli import namespace
 
@@ -17,15 +17,17 @@ SMALL = ["--trainer.max_epochs=3", "--model.width=8"]
 
 
 def command(*words, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    line = [sys.executable, "-m", "lightning_prune", *words]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return run_python("-m", "lightning_prune", *words, cwd=cwd, env={"COLUMNS": "100"})
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     shutil.copytree(ROOT / "examples" / "digits", folder / "digits")
+    text = (folder / "digits" / "config.yaml").read_text()
+    there = "dirpath: runs/digits/edge"
+    assert there in text
+    (folder / "digits" / "untimed.yaml").write_text(text.replace(there, f"profile: null\n        {there}"))
     done = command("fit", "--config", "digits/config.yaml", *SMALL, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, done.stdout
@@ -58,17 +60,8 @@ def test_fit_meets_its_budgets(report):
 def test_export_of_the_checkpoint_gives_the_same_files(fitted):
     folder, _ = fitted
     last = "runs/digits/checkpoints/last.ckpt"
-    done = command(
-        "export",
-        "--config",
-        "digits/config.yaml",
-        *SMALL,
-        "--ckpt_path",
-        last,
-        "--dirpath",
-        "again",
-        cwd=folder,
-    )
+    words = ["--ckpt_path", last, "--dirpath", "again"]
+    done = command("export", "--config", "digits/untimed.yaml", *SMALL, *words, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("dense.onnx", "pruned.onnx", "pruned.int8.onnx"):
         assert (folder / "again" / name).read_bytes() == (folder / "runs/digits/edge" / name).read_bytes()
@@ -86,7 +79,7 @@ def test_export_without_a_checkpoint_says_what_to_add(fitted):
 def test_a_checkpoint_brings_the_arguments_its_module_was_made_with(fitted):
     folder, _ = fitted
     words = ["--ckpt_path", "runs/digits/checkpoints/last.ckpt", "--dirpath", "without"]
-    done = command("export", "--config", "digits/config.yaml", *words, cwd=folder)
+    done = command("export", "--config", "digits/untimed.yaml", *words, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("dense.onnx", "pruned.onnx"):
         assert (folder / "without" / name).read_bytes() == (folder / "runs/digits/edge" / name).read_bytes()
@@ -136,7 +129,10 @@ def test_a_module_of_the_other_namespace_is_trained_by_its_own_lightning(tmp_pat
     (tmp_path / "digits.py").write_text(text.replace("from pytorch_lightning", "from lightning.pytorch"))
     config = (ROOT / "examples" / "digits" / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(config.replace("pytorch_lightning.", "lightning.pytorch."))
-    done = command("fit", "--config", "config.yaml", *SMALL, "--trainer.fast_dev_run=true", cwd=tmp_path)
+    words = ["fit", "--config", "config.yaml", *SMALL, "--trainer.fast_dev_run=true"]
+    # Where nothing has imported the first namespace yet.
+    line = [sys.executable, "-m", "lightning_prune", *words]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from export_cases import Inner, Net, hashes, loader, trainer
+from processes import run_python
 from pytorch_lightning.callbacks import ModelCheckpoint
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -336,8 +337,7 @@ def test_a_disk_that_fills_up_for_real_leaves_the_last_export(tmp_path):
             print(same, [p.name for p in target.parent.iterdir()] == [target.name], error)
     """
     here = str(__import__("pathlib").Path(__file__).parent)
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "edge"), here]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", textwrap.dedent(code), tmp_path / "edge", here)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("True True [Errno 27] cannot write: File too large; free some space"), (
         done.stdout

@@ -10,8 +10,9 @@ import pytest
 import torch
 from latency_cases import SCHEDULE, known_times, milliseconds, network, run
 from magnitude_cases import LIGHTNING_WARNINGS, data, trainer
+from processes import killed_run
 from pytorch_lightning.cli import LightningCLI
-from structural_cases import Net, assert_equal_state, killed_run
+from structural_cases import Net, assert_equal_state
 from test_structural_ddp import run as run_on_two_ranks
 
 from lightning_prune import (
@@ -102,7 +103,7 @@ def test_what_is_out_of_reach_is_refused_before_training(tmp_path, budget):
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     whole = pruning(Budget(latency=0.5))
     net, fit = run(tmp_path / "whole", whole)
-    killed_run(tmp_path / "killed", 2, script=latency_cases.__file__)
+    killed_run(latency_cases.__file__, tmp_path / "killed", 2)
     resumed = pruning(Budget(latency=0.5))
     again, second = run(tmp_path / "killed", resumed, str(tmp_path / "killed" / "last.ckpt"))
     assert_equal_state(dict(net.state_dict()), dict(again.state_dict()))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from layer_cases import BLOCKS, Net, Residual, run
 from magnitude_cases import LIGHTNING_WARNINGS, data, size, trainer, zeros
+from processes import killed_run
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
-from structural_cases import assert_equal_state, killed_run, macs
+from structural_cases import assert_equal_state, macs
 from test_structural_ddp import run as two_ranks
 from torch import nn
 
@@ -45,7 +46,7 @@ RUNS = [
     [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in RUNS],
 )
 def test_resume_after_kill_gives_the_same_weights(tmp_path, kinds, optimizer):
-    killed_run(tmp_path / "killed", optimizer, kinds, 3, script=layer_cases.__file__)
+    killed_run(layer_cases.__file__, tmp_path / "killed", optimizer, kinds, 3)
     last = tmp_path / "killed" / "last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == 2
     whole, whole_optimizer, whole_callbacks = run(tmp_path / "whole", optimizer, kinds)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import run_python
 
 MODULE = """
 import torch
@@ -83,6 +84,12 @@ def write(folder, imports, budget, bar="false"):
     (folder / "config.yaml").write_text(CONFIG.format(budget=budget, bar=bar))
 
 
+def command(folder, *words):
+    done = run_python("-m", "lightning_prune", *words, cwd=folder, env={"COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def run(folder, *line):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run([sys.executable, *line], cwd=folder, env=env, capture_output=True, text=True)
@@ -106,10 +113,10 @@ def test_inspect_lists_the_blocks_and_the_fit_ends_with_what_became_of_them(tmp_
     write(tmp_path, "import pytorch_lightning as L", "{macs: 0.5}", bar="true")
     config = (tmp_path / "config.yaml").read_text() + "model: net.Net\n"
     (tmp_path / "config.yaml").write_text(config)
-    shown = run(tmp_path, "-W", "ignore", "-m", "lightning_prune", "inspect", "--config", "config.yaml")
+    shown = command(tmp_path, "inspect", "--config", "config.yaml")
     for words in ("Blocks", "layers.1", "it is not selected", "identity", "Layer pruning, before training"):
         assert words in shown
-    ended = run(tmp_path, "-W", "ignore", "-m", "lightning_prune", "fit", "--config", "config.yaml")
+    ended = command(tmp_path, "fit", "--config", "config.yaml")
     for words in ("smallest possible", "1 of 4 blocks stay intact", "stays (it is not selected)", "of dense"):
         assert words in ended
 
@@ -118,10 +125,10 @@ def test_the_command_writes_a_state_dict_that_plain_torch_loads(tmp_path):
     write(tmp_path, "import pytorch_lightning as L", "2")
     with (tmp_path / "config.yaml").open("a") as config:
         config.write("model: net.Net\n")
-    run(tmp_path, "-W", "ignore", "-m", "lightning_prune", "fit", "--config", "config.yaml")
+    command(tmp_path, "fit", "--config", "config.yaml")
     (path,) = (str(found) for found in tmp_path.rglob("*.ckpt"))
     words = ("export", "--config", "config.yaml", "--ckpt_path", path, "--state_dict", "small.pt")
-    assert "small.pt" in run(tmp_path, "-W", "ignore", "-m", "lightning_prune", *words)
+    assert "small.pt" in command(tmp_path, *words)
     program = (
         "import torch; from net import Net; from small import load\n"
         f"there = torch.load({path!r}, weights_only=True)['state_dict']\n"

@@ -8,11 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import structural_cases
 import torch
 from magnitude_cases import LIGHTNING_WARNINGS, data, selected, size, trainer, zeros
+from processes import killed_run
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from structural_cases import Net, assert_equal_state, killed_run, macs, run
+from structural_cases import Net, assert_equal_state, macs, run
 from torch import nn
 
 from lightning_prune.callbacks.accuracy_guard import AccuracyGuard
@@ -126,7 +128,7 @@ def test_a_budget_is_met(tmp_path, kind):
     ],
 )
 def test_resume_after_kill_gives_the_same_weights(tmp_path, kinds, optimizer, epoch):
-    killed_run(tmp_path / "killed", optimizer, kinds, epoch)
+    killed_run(structural_cases.__file__, tmp_path / "killed", optimizer, kinds, epoch)
     last = str(tmp_path / "killed" / "last.ckpt")
     whole, whole_optimizer, whole_callbacks = run(tmp_path / "whole", optimizer, kinds)
     resumed, resumed_optimizer, callbacks = run(tmp_path / "killed", optimizer, kinds, last)

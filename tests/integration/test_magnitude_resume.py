@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from magnitude_cases import LIGHTNING_WARNINGS, Net, data, selected, trainer, zeros
+from processes import run_python
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_prune.callbacks.magnitude_pruning import MagnitudePruning
@@ -57,13 +55,7 @@ def test_resume_after_kill_gives_the_same_weights(tmp_path, optimizer, scope, en
         return net, fit.optimizers[0].state_dict(), pruning
 
     arguments = [str(Path(__file__).parent), str(tmp_path / "killed"), optimizer, scope, str(end)]
-    killed = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    killed = run_python("-c", SCRIPT, *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     last = tmp_path / "killed" / "last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == 1

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from export_cases import Inner, Net, hashes, loader, pruners, trainer
 from onnx import numpy_helper
+from processes import killed_run
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from qat_cases import callbacks, run
 from torch import nn
@@ -88,8 +89,7 @@ def test_masked_weights_are_zero_in_the_file_at_every_point_of_a_mask(tmp_path):
 )
 def test_a_killed_run_goes_on_bitwise(tmp_path, ranges, epoch):
     whole, expected, _ = run(tmp_path / "whole", ranges)
-    killed = start(tmp_path / "killed", ranges, epoch)
-    assert killed.returncode == -9, killed.stderr[-2000:]
+    killed_run(SCRIPT, tmp_path / "killed", ranges, epoch)
     module, qat, _ = run(tmp_path / "killed", ranges, str(tmp_path / "killed" / "last.ckpt"))
     assert same(dict(module.state_dict()), dict(whole.state_dict()))
     assert same(qat.state_dict(), expected.state_dict())

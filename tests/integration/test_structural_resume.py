@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import structural_cases
 import torch
 from magnitude_cases import LIGHTNING_WARNINGS, data, selected, size, trainer, zeros
+from processes import killed_run
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
-from structural_cases import Net, assert_equal_state, killed_run, macs, pruning_callbacks, run
+from structural_cases import Net, assert_equal_state, macs, pruning_callbacks, run
 
 from lightning_prune.callbacks.structural_pruning import StructuralPruning
 from lightning_prune.errors import CheckpointError, ConfigurationError
@@ -29,7 +31,7 @@ NOW = Schedule("one_shot", 1, unit="epoch")
     ],
 )
 def test_resume_after_kill_gives_the_same_weights(tmp_path, kinds, optimizer, epoch):
-    killed_run(tmp_path / "killed", optimizer, kinds, epoch)
+    killed_run(structural_cases.__file__, tmp_path / "killed", optimizer, kinds, epoch)
     last = tmp_path / "killed" / "last.ckpt"
     assert torch.load(last, weights_only=True)["epoch"] == epoch - 1
     whole, whole_optimizer, whole_callbacks = run(tmp_path / "whole", optimizer, kinds)

@@ -3,11 +3,10 @@ from __future__ import annotations
 import errno
 import gzip
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from processes import run_python
 
 from lightning_prune.deploy.files import check_writable, compressed_size, remove_stale, staged, write_whole
 from lightning_prune.errors import OutputError
@@ -88,9 +87,7 @@ def test_a_file_that_grows_past_the_limit_of_the_system_leaves_the_old_one(tmp_p
         except OutputError as error:
             print(error.errno)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = run_python("-c", textwrap.dedent(code))
     assert int(done.stdout) == errno.EFBIG
     assert (tmp_path / "m.onnx").read_bytes() == b"old"
     assert names(tmp_path) == ["m.onnx"]

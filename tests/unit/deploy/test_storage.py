@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from processes import run_python
 
 from lightning_prune.deploy import storage
 from lightning_prune.deploy.onnx_cost import count_file_macs
@@ -111,7 +110,7 @@ def test_a_full_disk_leaves_neither_file(tmp_path):
         except OutputError as error:
             print(error.errno)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = run_python("-c", textwrap.dedent(code))
     assert done.stdout.strip() == str(errno.EFBIG), done.stderr
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError):
