@@ -39,7 +39,7 @@ def run(folder: Path, *arguments: str, script: str | Path = SCRIPT) -> tuple[int
     return done.returncode, [json.loads(file.read_text()) for file in files], done.stderr
 
 
-QUICK = ("manual_static", "joint", "low_rank")  # the others are as slow and find less
+QUICK = ("manual_static", "joint")  # the others are as slow and find less
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,15 @@ def test_trainer_takes_the_callback(tmp_path, imports, single):
     assert 0.3 < left_by(code, str(tmp_path)) <= 0.5
 
 
-@pytest.mark.parametrize("on_command_line", [True, False], ids=["on the command line", "in the config"])
-@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize(
+    ("namespace", "on_command_line"),
+    [
+        pytest.param("pytorch_lightning", True, marks=pytest.mark.slow),
+        ("pytorch_lightning", False),
+        ("lightning.pytorch", True),
+        pytest.param("lightning.pytorch", False, marks=pytest.mark.slow),
+    ],
+)
 def test_cli_takes_the_callback_by_name(tmp_path, namespace, on_command_line):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG + ("" if on_command_line else CALLBACKS))

@@ -57,7 +57,7 @@ def settings():
     """Every setting for every network; those that say little more are slow together."""
     for name in (name for name, case in CASES.items() if case.free):
         for place, setting in enumerate(SETTINGS):
-            slow = name in {*ATTENTION, *INDEXED} and place not in (0, 3)
+            slow = name in {*ATTENTION, *INDEXED, "gru", "lstm"} and place not in (0, 3)
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(name, setting, id="-".join(map(str, (name, *setting))), marks=marks)
 
