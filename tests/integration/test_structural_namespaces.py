@@ -102,7 +102,12 @@ IMPORTS = {
 
 @pytest.mark.parametrize(
     ("imports", "single"),
-    list(zip(IMPORTS.values(), (True, True, False, True), strict=True)),
+    [
+        pytest.param(IMPORTS["pytorch_lightning"], True, marks=pytest.mark.slow),
+        (IMPORTS["lightning.pytorch"], True),
+        (IMPORTS["prune first, then pytorch_lightning"], False),
+        pytest.param(IMPORTS["prune first, then lightning.pytorch"], True, marks=pytest.mark.slow),
+    ],
     ids=IMPORTS,
 )
 def test_trainer_takes_the_callback(tmp_path, imports, single):
