@@ -28,6 +28,9 @@ def run_python(
         cwd: The folder it runs in.
         env: What its environment has besides this process's.
         timeout: Seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: It took longer, and was killed.
     """
     server = _server[0] if _server else _started()
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +41,9 @@ def run_python(
             "out": str(out), "err": str(err), "timeout": timeout,
         }  # fmt: skip
         print(json.dumps(job), file=server.stdin, flush=True)
-        status = int(server.stdout.readline())
+        status, late = json.loads(server.stdout.readline())
+        if late:
+            raise subprocess.TimeoutExpired(job["words"], timeout, out.read_text(), err.read_text())
         return subprocess.CompletedProcess(job["words"], status, out.read_text(), err.read_text())
 
 
@@ -66,11 +71,17 @@ def _serve() -> None:
         if child == 0:
             _become(job)
             return
-        signal.signal(signal.SIGALRM, lambda *_, child=child: os.kill(child, signal.SIGKILL))
+        late: list[int] = []
+
+        def kill(number: int, frame: object, child: int = child, late: list[int] = late) -> None:
+            late.append(number)
+            os.kill(child, signal.SIGKILL)
+
+        signal.signal(signal.SIGALRM, kill)
         signal.alarm(int(job["timeout"]))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         signal.alarm(0)
-        sys.stdout.write(f"{status}\n")
+        sys.stdout.write(json.dumps([status, bool(late)]) + "\n")
         sys.stdout.flush()
 
 
