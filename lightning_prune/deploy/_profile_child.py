@@ -1,6 +1,6 @@
 """The process in which files are measured: standard library, numpy and one runtime, nothing else.
 
-`_profile_run.py` copies this file and the two it imports into an empty directory and runs them there on
+`_profile_run.py` copies this file and the three it imports into an empty directory and runs them there on
 `job.json`: no crash, memory peak or thread pool of the parent reaches the numbers, torch is not imported,
 and the same files run on a device. Events go to stdout, one JSON object a line; the result goes to
 `result.json`.
@@ -15,11 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning_prune.deploy._profile_machine import load_average, peak_memory, pin
+from lightning_prune.deploy.bundle_runner import exact_session, timed_run
 from lightning_prune.deploy.energy import measure
 
 Feeds = dict[str, Any]
@@ -49,21 +51,12 @@ def open_onnxruntime(path: str, job: dict[str, Any], trace: str | None = None) -
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    # Without VNNI, sums of 8-bit products overflow else; accuracy is measured so, and so is time.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     if trace:
         options.enable_profiling = True
         options.profile_file_prefix = trace
-    try:
-        options.log_severity_level = 4
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception:  # noqa: BLE001 - its own classes are private
-        # ONNX Runtime 1.32 cannot where operators share a weight: then a static file runs in float.
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.x64quantprecision", "0")
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # Accuracy is measured so, and so is time.
+    session = exact_session(path, options)
     inputs = [(item.name, item.shape, item.type) for item in session.get_inputs()]
     return (lambda feeds: session.run(None, feeds)), inputs, session
 
@@ -180,22 +173,19 @@ def warm_up(run: Run, feeds: Feeds, limit: float) -> dict[str, Any]:
 
 
 def time_rounds(ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], end: float) -> dict[str, Any]:
-    """Time every entry once a round, in an order shuffled each round.
+    """Time every entry once a round, in an order shuffled each round, with its own weights in the caches.
 
     It ends after the job's rounds and two seconds, or ten times the rounds, or when the time is up.
     """
     order, shuffler = list(ready), random.Random(0)
     times: dict[str, list[int]] = {key: [] for key in ready}
-    clock = time.perf_counter_ns
     cpu, wall, told = time.process_time(), time.perf_counter(), 0.0
     gc.disable()
     for index in range(job["rounds"] * MOST_ROUNDS):
         shuffler.shuffle(order)
         for key in order:
             run, feeds = ready[key]
-            began = clock()
-            run(feeds)
-            times[key].append(clock() - began)
+            times[key].append(timed_run(partial(run, feeds), times[key]))
         now = time.perf_counter()
         if now >= end or (index + 1 >= job["rounds"] and now - wall >= LEAST_SECONDS):
             break

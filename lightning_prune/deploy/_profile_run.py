@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lightning_prune.errors import ProfileError
 
 Entries = list[tuple[str, str]]
-PROGRAM = ("_profile_child.py", "_profile_machine.py", "energy.py")
+PROGRAM = ("_profile_child.py", "_profile_machine.py", "bundle_runner.py", "energy.py")
 
 
 @dataclass(frozen=True)

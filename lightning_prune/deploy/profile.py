@@ -1,8 +1,9 @@
 """How long ONNX files take, measured so that a busy machine cannot fool the reader.
 
-All files are timed in one child process, pinned, warmed up, interleaved in an order shuffled each round;
-the first of them is timed against a second copy of itself, which shows how far to trust the rest. Peak
-memory, time by operator and energy come from further fresh processes, so that they disturb nothing.
+All files are timed in one child process, pinned, warmed up, interleaved in an order shuffled each round,
+each after runs of its own that bring its weights back into the caches; the first of them is timed against a
+second copy of itself, which shows how far to trust the rest. Peak memory, time by operator and energy come
+from further fresh processes, so that they disturb nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Profile:
     threads: int = 1
     batch: int = 1
     rounds: int = 1000
-    max_seconds: float = 18.0
+    max_seconds: float = 25.0
     operators: bool = True
     engine: str = "onnxruntime"
     dims: dict[str, int] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.deploy.bundle_runner import exact_session
+from lightning_prune.deploy.bundle_runner import exact_session, sums_overflow
 from lightning_prune.deploy.interface import Interface
 from lightning_prune.errors import EvaluationError, MissingDependencyError
 
@@ -60,7 +60,7 @@ def open_session(model: str | Path | bytes, *, threads: int = 0, optimized: str 
         for key, value in (("file_name", f"{Path(optimized).name}.data"), ("min_size_in_bytes", "1024")):
             options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
     try:
-        if optimized is None:
+        if optimized is None and sums_overflow():
             session = exact_session(source, options)
             if options.get_session_config_entry("session.x64quantprecision") == "1":
                 return session

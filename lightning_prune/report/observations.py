@@ -45,7 +45,7 @@ def _overflow(report: Report) -> str:
         return ""
     return (
         f"{', '.join(names)}: made for x86 with VNNI, which {' and '.join(where)} has not. There, an ONNX "
-        "Runtime session gives right outputs only with session.x64quantprecision=1, slower, as all "
+        "Runtime session gives right outputs only with session.x64quantprecision=1, slower, as its "
         "numbers here were measured; for such a processor, quantize with target='x86-avx2'."
     )
 

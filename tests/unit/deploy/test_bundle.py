@@ -99,6 +99,25 @@ def test_the_runner_verifies_compares_and_times(bundle):
     ]
 
 
+@pytest.mark.parametrize(
+    ("took_ms", "runs"), [((1, 1), [4, 4]), ((6, 6), [3, 3]), ((30, 30), [2, 2]), ((300, 300), [2, 1])]
+)
+def test_a_model_runs_until_the_caches_are_its_own_and_is_timed_then(monkeypatch, took_ms, runs):
+    now = [0]
+    monkeypatch.setattr(bundle_runner.time, "perf_counter_ns", lambda: now[0])
+    counts, times = [], []
+    for each in took_ms:
+        counts.append(0)
+
+        def run(each=each):
+            counts[-1] += 1
+            now[0] += each * 1_000_000
+
+        times.append(bundle_runner.timed_run(run, times))
+    assert counts == runs
+    assert times == [each * 1_000_000 for each in took_ms]
+
+
 def test_the_runner_needs_only_the_standard_library_numpy_and_onnxruntime(bundle):
     code = f"""
 import runpy, sys

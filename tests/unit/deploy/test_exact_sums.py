@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lightning_prune import runtime
+from lightning_prune.deploy import bundle_runner
 from lightning_prune.deploy._profile_child import open_onnxruntime
-from lightning_prune.deploy.bundle_runner import exact_session
+from lightning_prune.deploy.bundle_runner import exact_session, sums_overflow
+from lightning_prune.deploy.environment import environment, lacks_vnni
 from lightning_prune.deploy.runtime import open_session
 from lightning_prune.runtime import _opener
 
@@ -96,6 +104,78 @@ def test_the_oracle_would_see_an_overflow():
     # Two products of 8 bits, added in 16.
     assert INPUTS.min() * 127 * 2 > 2**15
     assert expected().max() > 2.0 * (9 * 8 * (2**15 - 1) * 2.0**-15)
+
+
+def test_a_plain_session_is_tried_with_one_product_of_matrices():
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "b"], ["y"])],
+        "g",
+        [value("a", TensorProto.UINT8, [4, 64]), value("b", TensorProto.INT8, [64, 16])],
+        [value("y", TensorProto.INT32, [4, 16])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.checker.check_model(model)
+    assert onnx.load_from_string(bundle_runner.PRODUCT) == model
+    assert runtime._PRODUCT == bundle_runner.PRODUCT
+
+
+def test_a_plain_session_overflows_only_without_vnni():
+    assert sums_overflow() == runtime._sums_overflow() == lacks_vnni(environment())
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_sessions_are_slowed_down_only_where_sums_overflow(tmp_path, monkeypatch, overflow):
+    """With `session.x64quantprecision` a processor with VNNI takes three times as long."""
+    onnx.save(quantized(False), str(tmp_path / "q.onnx"))
+    made = []
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.entries = {}
+            made.append(self.entries)
+
+        def add_session_config_entry(self, key, value):
+            self.entries[key] = value
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr(bundle_runner, "sums_overflow", lambda: overflow)
+    monkeypatch.setattr("lightning_prune.deploy.runtime.sums_overflow", lambda: overflow)
+    monkeypatch.setattr(runtime, "_sums_overflow", lambda: overflow)
+    open_session(tmp_path / "q.onnx")
+    open_onnxruntime(str(tmp_path / "q.onnx"), {"threads": 1})
+    exact_session(str(tmp_path / "q.onnx"), Options())
+    _opener(["CPUExecutionProvider"], None)(tmp_path / "q.onnx")
+    assert ["session.x64quantprecision" in entries for entries in made] == [overflow] * 4
+
+
+@pytest.mark.skipif(
+    shutil.which("valgrind") is None or platform.machine() != "x86_64",
+    reason="needs valgrind on x86-64, which is a processor with AVX2 and without VNNI",
+)
+def test_an_overflow_is_noticed_and_sums_are_exact_on_a_processor_without_vnni(tmp_path):
+    onnx.save(quantized(False), str(tmp_path / "q.onnx"))
+    np.savez(tmp_path / "told.npz", x=(INPUTS * 2.0**-8).astype(np.float32), y=expected())
+    program = """
+import sys
+from pathlib import Path
+import numpy, onnxruntime
+sys.path.insert(0, sys.argv[1])
+import bundle_runner
+assert bundle_runner.sums_overflow()
+told = numpy.load("told.npz")
+plain = onnxruntime.InferenceSession("q.onnx", providers=["CPUExecutionProvider"])
+assert (plain.run(None, {"x0": told["x"]})[0][0] != told["y"]).any()
+exact = bundle_runner.exact_session("q.onnx", onnxruntime.SessionOptions())
+assert (exact.run(None, {"x0": told["x"]})[0][0] == told["y"]).all()
+print("exact")
+"""
+    command = ["valgrind", "--tool=none", sys.executable, "-c", program]
+    folder = bundle_runner.__file__.rpartition("/")[0]
+    done = subprocess.run([*command, folder], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "exact\n", done.stderr
 
 
 def test_options_of_the_user_stay_as_they_are(tmp_path):
