@@ -10,7 +10,8 @@ saved was gained; an int8 file is compared with the dense int8 file.
     python benchmarks/latency.py --engine openvino
     python benchmarks/latency.py --networks mobilenet_v2 --macs 0.66 --set round_to=auto scope=global
 
-`--prepare` only makes the files, in `--work`; they, and what was measured already, are not made again.
+`--prepare` only makes the files, in `--work`; they, and what was measured already, are not made again. With
+`--add`, the table keeps what it has of other processors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import networks
-from common import PACKAGES, environment, option, table, write, write_json
+from common import PACKAGES, RESULTS, environment, option, table, write, write_json
 from lightning_prune import Budget, EdgeExport, Profile, Schedule, StructuralPruning, export
 from lightning_prune.deploy.profile import profile_files
 
@@ -65,7 +66,8 @@ NETWORKS = {
 NOTE = (
     "Weights are random, and every layer loses the same share: a trained network, whose layers can bear "
     "different shares, is free to lose more where nothing is saved. Noisy: the dense file against itself was "
-    "off by more than 5 %."
+    "off by more than 5 %. Cold: each run came right after one of another file, whose weights had filled the "
+    "caches; else some untimed runs came before it."
 )
 
 
@@ -160,11 +162,20 @@ def rows_of(found: dict[str, Any]) -> list[list[object]]:
         shown = ""
         if kind.startswith("pruned"):
             shown = f"{p50[kind.replace('pruned', 'dense')] / p50[kind] / fewer:.2f}"
-        cells = [found["network"], kind, f"{found['macs'][kind] / 1e6:.1f}", f"{fewer:.2f}x"]
-        cells += [f"{p50[kind]:.3g}", f"{latency['p90']:.3g}" if latency["p90"] else ""]
+        cells = [found["network"], found["environment"]["cpu"], kind, f"{found['macs'][kind] / 1e6:.1f}"]
+        cells += [f"{fewer:.2f}x", f"{p50[kind]:.3g}", f"{latency['p90']:.3g}" if latency["p90"] else ""]
         cells += [f"{p50['dense'] / p50[kind]:.2f}x", shown]
-        rows.append([*cells, f"{found['bytes'][kind] / 1e6:.2f}", "yes" if found["noisy"] else "no"])
+        doubts = [*["noisy"] * found["noisy"], *["cold"] * ("settle_runs" not in found["protocol"])]
+        rows.append([*cells, f"{found['bytes'][kind] / 1e6:.2f}", ", ".join(doubts)])
     return rows
+
+
+def of_other_processors(engine: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """List what the table has of processors that were not measured now."""
+    path = RESULTS / f"latency_{engine}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    here = {one["environment"]["cpu"] for one in found}
+    return [one for one in before if one["environment"]["cpu"] not in here]
 
 
 def main() -> None:
@@ -179,21 +190,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=30.0, help="at most, for each network")
     parser.add_argument("--prepare", action="store_true", help="make the files and measure nothing")
+    parser.add_argument("--add", action="store_true", help="keep what the table has of other processors")
     parser.add_argument("--work", type=Path, default=Path("runs/latency"), help="files and measurements")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     found: list[dict[str, Any]] = []
-    head = ["network", "file", "MMACs", "fewer", "p50, ms", "p90, ms", "faster", "efficiency", "MB", "noisy"]
+    head = ["network", "processor", "file", "MMACs", "fewer", "p50, ms", "p90, ms", "faster", "efficiency"]
+    head += ["MB", "doubts"]
     config = {key: getattr(arguments, key) for key in ("engine", "threads", "rounds", "set")}
     for name in arguments.networks:
         for macs in arguments.macs or NETWORKS[name].budgets:
             one = measure(name, macs, arguments)
             if one is not None:
                 found.append(one)
-                lines = table(head, [row for one in found for row in rows_of(one)])
+                others = of_other_processors(arguments.engine, found) if arguments.add else []
+                everything = [*others, *found]
+                everything.sort(key=lambda one: (list(NETWORKS).index(one["network"]), -one["budget"]))
+                lines = table(head, [row for one in everything for row in rows_of(one)])
                 about = one["environment"]
-                write(f"latency_{arguments.engine}", config, found, [*lines, "", NOTE], about=about)
+                write(f"latency_{arguments.engine}", config, everything, [*lines, "", NOTE], about=about)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
         ("mobilenet_v2", 0.66, "MobileNetV2, 1.5x", 0.87, 0.9),
     ):
         values = [
-            (one["network"], value, f"{value:.3f}")
+            (f"{one['network']} on {processor(one)}", value, f"{value:.3f}")
             for one in timed(found, "onnxruntime")
             if (one["network"], one["budget"]) == (network, budget)
             for value in [speedup(one, "pruned", "dense") / fewer_macs(one)]
@@ -148,7 +148,7 @@ def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
         yield Goal(f"{name}, ONNX Runtime: speed-up / fewer MACs", low, aim, values)
     for engine, name, aim in (("onnxruntime", "ONNX Runtime", 5.0), ("openvino", "OpenVINO", 10.0)):
         values = [
-            (one["network"] + without_amx(one), value, f"{value:.1f}x")
+            (f"{one['network']} on {processor(one)}", value, f"{value:.1f}x")
             for one in timed(found, engine)
             if (one["network"], one["budget"]) == ("resnet18", 0.5)
             for value in [speedup(one, "pruned.int8", "dense")]
@@ -171,10 +171,18 @@ def fewer_macs(one: dict[str, Any]) -> float:
     return float(one["macs"]["dense"] / one["macs"]["pruned"])
 
 
-def without_amx(one: dict[str, Any]) -> str:
-    """Say so if the processor has no matrix unit for int8, which decides what int8 can bring."""
-    known = one.get("environment", {}).get("instruction_sets")
-    return "" if not known or "amx_int8" in known else ", on a processor without AMX"
+def processor(one: dict[str, Any]) -> str:
+    """Name the processor, and say if it has a matrix unit for int8, which decides what int8 can bring."""
+    about = one.get("environment", {})
+    known = about.get("instruction_sets")
+    unit = "" if not known else " with AMX" if "amx_int8" in known else " without AMX"
+    return f"{about.get('cpu') or 'an unknown processor'}{unit}"
+
+
+def doubts(one: dict[str, Any]) -> list[str]:
+    """Say what speaks against a measurement of latency."""
+    cold = "settle_runs" not in one.get("protocol", {})
+    return [*["noisy"] * one["noisy"], *["cold caches"] * cold]
 
 
 def goal_rows(wanted: Iterable[Goal]) -> Iterator[list[object]]:
@@ -222,16 +230,17 @@ def latency_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Lay out the speed-ups of all networks."""
     rows = [
         [
-            f"[{engine}](results/latency_{engine}.md)", one["network"], f"{fewer_macs(one):.2f}x",
-            f"{one['latency_ms']['dense']['p50']:.3g}", f"{speedup(one, 'pruned', 'dense'):.2f}x",
-            f"{speedup(one, 'pruned', 'dense') / fewer_macs(one):.2f}",
+            f"[{engine}](results/latency_{engine}.md)", processor(one), one["network"],
+            f"{fewer_macs(one):.2f}x", f"{one['latency_ms']['dense']['p50']:.3g}",
+            f"{speedup(one, 'pruned', 'dense'):.2f}x", f"{speedup(one, 'pruned', 'dense') / fewer_macs(one):.2f}",
             f"{speedup(one, 'dense.int8', 'dense'):.2f}x", f"{speedup(one, 'pruned.int8', 'dense'):.2f}x",
-            "noisy" if one["noisy"] else "",
+            ", ".join(doubts(one)),
         ]
         for engine in ("onnxruntime", "openvino")
         for one in timed(found, engine)
     ]  # fmt: skip
-    head = ["engine", "network", "fewer MACs", "dense, ms", "pruned", "efficiency", "int8", "both", ""]
+    head = ["engine", "processor", "network", "fewer MACs", "dense, ms", "pruned", "efficiency", "int8"]
+    head += ["both", ""]
     return table(head, rows) if rows else ["Not measured yet."]
 
 
@@ -287,7 +296,7 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     for engine in ("onnxruntime", "openvino"):
         for one in timed(found, engine):
             efficiency = speedup(one, "pruned", "dense") / fewer_macs(one)
-            where = f"{one['network']} at {fewer_macs(one):.2f}x fewer MACs, {engine}"
+            where = f"{one['network']} at {fewer_macs(one):.2f}x fewer MACs, {engine} on {processor(one)}"
             if efficiency < 0.8:
                 yield f"{where}: only {efficiency:.0%} of what the MACs promise is gained."
             if speedup(one, "pruned.int8", "pruned") < 1:

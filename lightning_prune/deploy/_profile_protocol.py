@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune.deploy.bundle_runner import SETTLE_RUNS
 from lightning_prune.deploy.latency import RUNS_FOR_P90, is_noisy, speedup
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def describe_protocol(
         "baseline": baseline,
         "again": again,
         "noisy": is_noisy(again),
+        "settle_runs": SETTLE_RUNS,
         "pinned": timed["pinned"],
         "cpu_share": round(timed["cpu_seconds"] / (seconds * config.threads), 3) if seconds else None,
         "load_average": timed["load"],
