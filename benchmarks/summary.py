@@ -232,7 +232,8 @@ def latency_table(found: dict[str, dict[str, Any]]) -> list[str]:
         [
             f"[{engine}](results/latency_{engine}.md)", processor(one), one["network"],
             f"{fewer_macs(one):.2f}x", f"{one['latency_ms']['dense']['p50']:.3g}",
-            f"{speedup(one, 'pruned', 'dense'):.2f}x", f"{speedup(one, 'pruned', 'dense') / fewer_macs(one):.2f}",
+            f"{speedup(one, 'pruned', 'dense'):.2f}x",
+            f"{speedup(one, 'pruned', 'dense') / fewer_macs(one):.2f}",
             f"{speedup(one, 'dense.int8', 'dense'):.2f}x", f"{speedup(one, 'pruned.int8', 'dense'):.2f}x",
             ", ".join(doubts(one)),
         ]
