@@ -32,12 +32,12 @@ ONLY_ZEROS = ("magnitude", "ModelPruning")
 COLUMNS = 4
 
 
-def draw(tasks: Mapping[str, Sequence[Any]], engines: Mapping[str, Sequence[Any]], folder: Path) -> set[str]:
+def draw(tasks: Mapping[str, Sequence[Any]], places: Mapping[str, Sequence[Any]], folder: Path) -> set[str]:
     """Draw what there is.
 
     Args:
         tasks: `{task: its measured.Runs}`.
-        engines: `{engine: the raw numbers of each network}`.
+        places: `{engine and processor: the raw numbers of each network}`.
         folder: Where `{name}.svg` goes.
 
     Returns:
@@ -51,11 +51,10 @@ def draw(tasks: Mapping[str, Sequence[Any]], engines: Mapping[str, Sequence[Any]
     done = set()
     with matplotlib.rc_context(settings):
         measured = {task: runs for task, runs in tasks.items() if len(runs) > 1}
-        timed = {engine: networks for engine, networks in engines.items() if networks}
         for name, figure in (
             ("accuracy", _panels(measured, _macs) if measured else None),
             ("size", _panels(measured, _size) if measured else None),
-            ("latency", _latency(timed) if timed else None),
+            ("latency", _latency(places) if places else None),
         ):
             if figure is not None:
                 _save(figure, folder / f"{name}.svg")
@@ -121,14 +120,16 @@ def _size(axes: Any, everything: Sequence[Any]) -> None:
 
 
 def _latency(timed: Mapping[str, Sequence[Any]]) -> Any:
-    """One panel for each engine: speed-up over fewer MACs, for float and for int8."""
+    """One panel for each engine and processor: speed-up over fewer MACs, for float and for int8."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(timed) + 1.8, 3.8), layout="constrained")
+    columns = min(2, len(timed))
+    rows = -(-len(timed) // columns)
+    figure = Figure(figsize=(4.2 * columns + 1.8, 3.8 * rows), layout="constrained")
     names = list(dict.fromkeys(one["network"] for networks in timed.values() for one in networks))
-    for i, (engine, networks) in enumerate(timed.items()):
-        axes = figure.add_subplot(1, len(timed), i + 1)
-        axes.set_title(engine)
+    for i, (place, networks) in enumerate(timed.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.set_title(place.replace(", ", "\n", 1))
         axes.grid(alpha=0.25)
         axes.set_xlabel("times fewer MACs")
         axes.set_ylabel("times faster")

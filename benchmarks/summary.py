@@ -161,6 +161,15 @@ def timed(found: dict[str, dict[str, Any]], engine: str) -> list[dict[str, Any]]
     return list(found.get(f"latency_{engine}", {}).get("results", []))
 
 
+def by_place(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """List the networks that were timed, by engine and processor."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for engine in ("onnxruntime", "openvino"):
+        for one in timed(found, engine):
+            places.setdefault(f"{engine}, {processor(one)}", []).append(one)
+    return places
+
+
 def speedup(one: dict[str, Any], kind: str, base: str) -> float:
     """Say how many times faster a file is than another, by the medians."""
     return float(one["latency_ms"][base]["p50"] / one["latency_ms"][kind]["p50"])
@@ -406,7 +415,7 @@ def main() -> None:
     found = read(folder)
     plots = charts.draw(
         {task: shown(runs_of(found, task)) for task in ACCURACY},
-        {engine: timed(found, engine) for engine in ("onnxruntime", "openvino")},
+        by_place(found),
         folder,
     )
     readme = folder.parent / "README.md"
