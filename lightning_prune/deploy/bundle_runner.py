@@ -177,9 +177,12 @@ def sums_overflow() -> bool:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
     largest = {"a": numpy.full((4, 64), 255, numpy.uint8), "b": numpy.full((64, 16), 127, numpy.int8)}
-    return bool((session.run(None, largest)[0] != 64 * 255 * 127).any())
+    try:
+        session = onnxruntime.InferenceSession(PRODUCT, options, providers=["CPUExecutionProvider"])
+        return bool((session.run(None, largest)[0] != 64 * 255 * 127).any())
+    except Exception:  # noqa: BLE001 - its own classes are private
+        return True  # a build without this operator: slow is better than wrong
 
 
 def exact_session(model: Any, options: Any) -> Any:

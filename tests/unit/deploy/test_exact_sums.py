@@ -124,6 +124,15 @@ def test_a_plain_session_overflows_only_without_vnni():
     assert sums_overflow() == runtime._sums_overflow() == lacks_vnni(environment())
 
 
+def test_what_cannot_be_tried_counts_as_an_overflow(monkeypatch):
+    def refused(*args, **kwargs):
+        raise RuntimeError("no such operator in this build")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refused)
+    assert sums_overflow.__wrapped__()
+    assert runtime._sums_overflow.__wrapped__()
+
+
 @pytest.mark.parametrize("overflow", [False, True])
 def test_sessions_are_slowed_down_only_where_sums_overflow(tmp_path, monkeypatch, overflow):
     """With `session.x64quantprecision` a processor with VNNI takes three times as long."""
