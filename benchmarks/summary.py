@@ -216,6 +216,33 @@ def verdict(goal: Goal, value: float) -> str:
 # ------------------------------------------------------------------ tables
 
 
+def peers_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Lay out, for each task and budget, how much accuracy ours takes and what one would use instead."""
+    rows: dict[tuple[str, ...], None] = {}
+    for task in ACCURACY:
+        everything = first(runs_of(found, task))
+        failed = found.get(f"accuracy_{task}", {}).get("config", {}).get("failed", {})
+        for methods in (("structural", "torch-pruning", "small"), ("magnitude", "ModelPruning")):
+            for one in (one for one in everything if one.method == methods[0]):
+                cells = [change(everything, failed, method, one.budget) for method in methods]
+                less = f"{one.fewer:.2f}x fewer MACs"
+                if one.method == "magnitude":
+                    less = f"{float(one.budget[0].removeprefix('zeros')):.0%} zeros"
+                    cells.append("")
+                rows[(task, less, *cells, change(everything, failed, "tuned", ()))] = None
+    head = ["task", "smaller by", "lightning-prune", "Torch-Pruning; for zeros, ModelPruning"]
+    head += ["a small network from scratch", "the dense network, trained on"]
+    return table(head, rows) if rows else ["Not measured yet."]
+
+
+def change(everything: list[Runs], failed: dict[str, str], method: str, budget: tuple[str, ...]) -> str:
+    """Write by how much a method changes the accuracy of a task, and in how many epochs."""
+    runs = [one for one in everything if (one.method, one.budget) == (method, budget)]
+    if not runs and any(title.split(", ")[: 1 + len(budget)] == [method, *budget] for title in failed):
+        return "cannot"
+    return "; ".join(f"{spread(one.changes('float'))}, {one.epochs} epochs" for one in runs)
+
+
 def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Lay out the configurations of all tasks."""
     rows: list[list[object]] = []
@@ -388,6 +415,7 @@ def page(found: dict[str, dict[str, Any]], plots: set[str], note: str = "") -> s
         note=f"{note}\n\n" if note else "",
         where=" and ".join(sorted(places)) or "no machine yet",
         goals="\n".join(table(head, goal_rows(goals(found)))),
+        peers="\n".join(peers_table(found)),
         accuracy="\n".join(accuracy_table(found)),
         latency="\n".join(latency_table(found)),
         cost="\n".join(cost_table(found)),

@@ -139,6 +139,17 @@ def test_what_a_peer_could_not_do_is_said(page: str) -> None:
     assert "- resnet8: not measured: tuned." in page.splitlines()
 
 
+def test_each_budget_has_a_row_with_what_one_would_use_instead(page: str) -> None:
+    table = page.partition("## Beside what")[2].partition("## ")[0]
+    (keywords,) = rows_with(table, "keywords | 2.00x")
+    assert keywords[2:] == ["-0.90 ± 0.14 (2 seeds), 7 epochs", "-0.50 (1 seed), 7 epochs", "", ""]
+    assert [row[1:4] for row in rows_with(table, "keywords | 80%")] == [
+        ["80% zeros", "-2.00 (1 seed), 7 epochs", "-2.00 (1 seed), 6 epochs"]
+    ]
+    (resnet8,) = rows_with(table, "resnet8")
+    assert resnet8[3:] == ["-7.00 (1 seed), 5 epochs", "cannot", ""]
+
+
 def test_cost_is_the_median_ratio_of_steps_made_in_turn(page: str) -> None:
     assert rows_with(page, "ours") == [
         ["ours", "1.100", "1.100 to 1.100", "1", "[magnitude_step](results/magnitude_step.md)"]
