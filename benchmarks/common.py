@@ -61,6 +61,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
+def doubts(timed: Mapping[str, Any]) -> list[str]:
+    """Say what speaks against a measurement of latency."""
+    cold = "settle_runs" not in timed.get("protocol", {})
+    return [*["noisy"] * timed["noisy"], *["cold caches"] * cold]
+
+
 def write_json(path: Path, value: object) -> None:
     """Write plain data whole or not at all."""
     replace_text(path, json.dumps(value))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import networks
-from common import PACKAGES, RESULTS, environment, option, table, write, write_json
+from common import PACKAGES, RESULTS, doubts, environment, option, table, write, write_json
 from lightning_prune import Budget, EdgeExport, Profile, Schedule, StructuralPruning, export
 from lightning_prune.deploy.profile import profile_files
 
@@ -66,8 +66,8 @@ NETWORKS = {
 NOTE = (
     "Weights are random, and every layer loses the same share: a trained network, whose layers can bear "
     "different shares, is free to lose more where nothing is saved. Noisy: the dense file against itself was "
-    "off by more than 5 %. Cold: each run came right after one of another file, whose weights had filled the "
-    "caches; else some untimed runs came before it."
+    "off by more than 5 %. Cold caches: each run came right after one of another file, whose weights had filled "
+    "them; else some untimed runs came before it."
 )
 
 
@@ -165,8 +165,7 @@ def rows_of(found: dict[str, Any]) -> list[list[object]]:
         cells = [found["network"], found["environment"]["cpu"], kind, f"{found['macs'][kind] / 1e6:.1f}"]
         cells += [f"{fewer:.2f}x", f"{p50[kind]:.3g}", f"{latency['p90']:.3g}" if latency["p90"] else ""]
         cells += [f"{p50['dense'] / p50[kind]:.2f}x", shown]
-        doubts = [*["noisy"] * found["noisy"], *["cold"] * ("settle_runs" not in found["protocol"])]
-        rows.append([*cells, f"{found['bytes'][kind] / 1e6:.2f}", ", ".join(doubts)])
+        rows.append([*cells, f"{found['bytes'][kind] / 1e6:.2f}", ", ".join(doubts(found))])
     return rows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import charts
-from common import RESULTS, replace_text, table
+from common import RESULTS, doubts, replace_text, table
 from measured import Runs, first, runs_of, shown
 
 # What has to be there, and the command that makes it.
@@ -186,12 +186,6 @@ def processor(one: dict[str, Any]) -> str:
     known = about.get("instruction_sets")
     unit = "" if not known else " with AMX" if "amx_int8" in known else " without AMX"
     return f"{about.get('cpu') or 'an unknown processor'}{unit}"
-
-
-def doubts(one: dict[str, Any]) -> list[str]:
-    """Say what speaks against a measurement of latency."""
-    cold = "settle_runs" not in one.get("protocol", {})
-    return [*["noisy"] * one["noisy"], *["cold caches"] * cold]
 
 
 def goal_rows(wanted: Iterable[Goal]) -> Iterator[list[object]]:
