@@ -1,11 +1,17 @@
-"""What was measured of accuracy, and which of it the summary shows. Not a benchmark itself."""
+"""What was measured of accuracy and latency, and which of it the summary shows. Not a benchmark itself."""
 
 from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+# What has to be there of accuracy: tasks, and of some the budgets.
+ACCURACY = ("resnet56", "resnet20", "resnet8", "keywords", "motion_cnn", "motion_gru", "speech", "cells")
+MACS = {"resnet56": (0.476, 0.389), "resnet20": (0.606,)}
+ZEROS = {"resnet56": (0.8, 0.9, 0.95), "resnet20": (0.8, 0.9, 0.95)}
 
 
 @dataclass(frozen=True)
@@ -108,3 +114,44 @@ def shown(everything: list[Runs]) -> list[Runs]:
     """Leave what stands for its method and budget, and what was trained as long as another method's."""
     lengths = {(one.budget, one.epochs) for one in first(everything)}
     return [one for one in everything if (one.budget, one.epochs) in lengths]
+
+
+def timed(found: dict[str, dict[str, Any]], engine: str) -> list[dict[str, Any]]:
+    """List the networks that were timed with an engine."""
+    return list(found.get(f"latency_{engine}", {}).get("results", []))
+
+
+def by_place(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """List the networks that were timed, by engine and processor."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for engine in ("onnxruntime", "openvino"):
+        for one in timed(found, engine):
+            places.setdefault(f"{engine}, {processor(one)}", []).append(one)
+    return places
+
+
+def speedup(one: dict[str, Any], kind: str, base: str) -> float:
+    """Say how many times faster a file is than another, by the medians."""
+    return float(one["latency_ms"][base]["p50"] / one["latency_ms"][kind]["p50"])
+
+
+def fewer_macs(one: dict[str, Any]) -> float:
+    """Say how many times fewer MACs the pruned file has."""
+    return float(one["macs"]["dense"] / one["macs"]["pruned"])
+
+
+def processor(one: dict[str, Any]) -> str:
+    """Name the processor, and say if it has a matrix unit for int8, which decides what int8 can bring."""
+    about = one.get("environment", {})
+    known = about.get("instruction_sets")
+    unit = "" if not known else " with AMX" if "amx_int8" in known else " without AMX"
+    return f"{about.get('cpu') or 'an unknown processor'}{unit}"
+
+
+def spread(values: Iterable[float], digits: int = 2, sign: str = "+") -> str:
+    """Write the mean with the standard deviation over seeds, and how many there are."""
+    values = list(values)
+    text = f"{statistics.mean(values):{sign}.{digits}f}"
+    if len(values) > 1:
+        return f"{text} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
+    return f"{text} (1 seed)"

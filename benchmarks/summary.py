@@ -9,22 +9,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import charts
 from common import RESULTS, doubts, replace_text, table
-from measured import Runs, first, runs_of, shown
+from goals import Goal, goals, verdict
+from measured import (
+    ACCURACY,
+    MACS,
+    ZEROS,
+    Runs,
+    by_place,
+    fewer_macs,
+    first,
+    processor,
+    runs_of,
+    shown,
+    speedup,
+    spread,
+    timed,
+)
+from weak_spots import weak_spots
 
 # What has to be there, and the command that makes it.
-ACCURACY = ("resnet56", "resnet20", "resnet8", "keywords", "motion_cnn", "motion_gru", "speech", "cells")
 DATA = "--data-root DATA"
-MACS = {"resnet56": (0.476, 0.389), "resnet20": (0.606,)}
-ZEROS = {"resnet56": (0.8, 0.9, 0.95), "resnet20": (0.8, 0.9, 0.95)}
 EXPECTED: dict[str, tuple[str, ...]] = {
     **{
         f"accuracy_{task}": tuple(
@@ -51,25 +62,6 @@ EXPECTED: dict[str, tuple[str, ...]] = {
 }
 # A step of these is a step of the plain network.
 PLAIN = ("none", "none again", "dense", "dense again")
-# What these measure does not depend on what else runs.
-WITHOUT_TIMES = ("accuracy_", "export_models", "qat", "structural_grid")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What was wanted of a number.
-
-    Attributes:
-        what: The number.
-        least: What it has to reach.
-        aim: What it should.
-        found: The numbers that were measured: what each is of, its value, and how it is written.
-    """
-
-    what: str
-    least: float | None
-    aim: float | None
-    found: list[tuple[str, float, str]]
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -77,115 +69,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def spread(values: Iterable[float], digits: int = 2, sign: str = "+") -> str:
-    """Write the mean with the standard deviation over seeds, and how many there are."""
-    values = list(values)
-    text = f"{statistics.mean(values):{sign}.{digits}f}"
-    if len(values) > 1:
-        return f"{text} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
-    return f"{text} (1 seed)"
-
-
-# ------------------------------------------------------------------ goals
-
-
-def goals(found: dict[str, dict[str, Any]]) -> Iterator[Goal]:
-    """Hold what was measured against what was wanted."""
-
-    def accuracy(
-        task: str,
-        form: str,
-        suits: Callable[[Runs], bool],
-        numbers: Callable[[Runs, str], list[float]],
-        sign: str,
-    ) -> list[tuple[str, float, str]]:
-        chosen = [runs for runs in first(runs_of(found, task)) if suits(runs)]
-        return [
-            (
-                f"{one.fewer:.2f}x by {one.name}" if one.fewer > 1 else one.name,
-                statistics.mean(values),
-                spread(values, sign=sign),
-            )
-            for one in chosen
-            for values in [numbers(one, form)]
-        ]
-
-    def cut(times: float) -> Callable[[Runs], bool]:
-        return lambda runs: runs.method == "structural" and 0.995 * times <= runs.fewer < 1.1 * times
-
-    def zeros(fraction: float) -> Callable[[Runs], bool]:
-        return lambda runs: runs.method == "magnitude" and f"zeros{fraction:g}" in runs.budget
-
-    points = "points of accuracy against dense"
-    for task, name, times, least, aim in (
-        ("resnet56", "ResNet-56", 2.57, -0.3, 0.1),
-        ("resnet20", "ResNet-20", 1.65, -0.7, -0.4),
-    ):
-        values = accuracy(task, "float", cut(times), Runs.changes, "+")
-        yield Goal(f"{name}, {times}x fewer MACs: {points}", least, aim, values)
-    for fraction, least, aim in ((0.8, -0.6, -0.3), (0.9, -1.8, -1.3)):
-        values = accuracy("resnet20", "float", zeros(fraction), Runs.changes, "+")
-        yield Goal(f"ResNet-20, {fraction:.0%} zeros: {points}", least, aim, values)
-    values = accuracy("keywords", "int8", cut(2.0), Runs.changes, "+")
-    yield Goal(f"DS-CNN keywords, 2x and int8: {points} in float", -1.2, -0.6, values)
-    for task, name, least in (
-        ("keywords", "DS-CNN keywords", 90.0),
-        ("resnet8", "MLPerf Tiny ResNet-8", 85.0),
-    ):
-        values = accuracy(task, "int8", cut(2.0), Runs.scores, "")
-        yield Goal(f"{name}, 2x and int8: accuracy, %", least, None, values)
-    for network, budget, name, low, aim in (
-        ("resnet18", 0.5, "ResNet-18, 2x", None, 0.95),
-        ("resnet50", 0.5, "ResNet-50, 2x", 0.71, 0.95),
-        ("mobilenet_v2", 0.66, "MobileNetV2, 1.5x", 0.87, 0.9),
-    ):
-        values = [
-            (f"{one['network']} on {processor(one)}", value, f"{value:.3f}")
-            for one in timed(found, "onnxruntime")
-            if (one["network"], one["budget"]) == (network, budget)
-            for value in [speedup(one, "pruned", "dense") / fewer_macs(one)]
-        ]
-        yield Goal(f"{name}, ONNX Runtime: speed-up / fewer MACs", low, aim, values)
-    for engine, name, aim in (("onnxruntime", "ONNX Runtime", 5.0), ("openvino", "OpenVINO", 10.0)):
-        values = [
-            (f"{one['network']} on {processor(one)}", value, f"{value:.1f}x")
-            for one in timed(found, engine)
-            if (one["network"], one["budget"]) == ("resnet18", 0.5)
-            for value in [speedup(one, "pruned.int8", "dense")]
-        ]
-        yield Goal(f"ResNet-18, {name}: pruned int8 against dense float, times faster", None, aim, values)
-
-
-def timed(found: dict[str, dict[str, Any]], engine: str) -> list[dict[str, Any]]:
-    """List the networks that were timed with an engine."""
-    return list(found.get(f"latency_{engine}", {}).get("results", []))
-
-
-def by_place(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """List the networks that were timed, by engine and processor."""
-    places: dict[str, list[dict[str, Any]]] = {}
-    for engine in ("onnxruntime", "openvino"):
-        for one in timed(found, engine):
-            places.setdefault(f"{engine}, {processor(one)}", []).append(one)
-    return places
-
-
-def speedup(one: dict[str, Any], kind: str, base: str) -> float:
-    """Say how many times faster a file is than another, by the medians."""
-    return float(one["latency_ms"][base]["p50"] / one["latency_ms"][kind]["p50"])
-
-
-def fewer_macs(one: dict[str, Any]) -> float:
-    """Say how many times fewer MACs the pruned file has."""
-    return float(one["macs"]["dense"] / one["macs"]["pruned"])
-
-
-def processor(one: dict[str, Any]) -> str:
-    """Name the processor, and say if it has a matrix unit for int8, which decides what int8 can bring."""
-    about = one.get("environment", {})
-    known = about.get("instruction_sets")
-    unit = "" if not known else " with AMX" if "amx_int8" in known else " without AMX"
-    return f"{about.get('cpu') or 'an unknown processor'}{unit}"
+# ------------------------------------------------------------------ tables
 
 
 def goal_rows(wanted: Iterable[Goal]) -> Iterator[list[object]]:
@@ -196,18 +80,6 @@ def goal_rows(wanted: Iterable[Goal]) -> Iterator[list[object]]:
             yield [goal.what, *asked, "not measured", "", ""]
         for name, value, text in goal.found:
             yield [goal.what, *asked, f"**{text}**", verdict(goal, value), name]
-
-
-def verdict(goal: Goal, value: float) -> str:
-    """Say what a value reaches; nothing is rounded in its favour."""
-    if goal.aim is not None and value >= goal.aim:
-        return "aim"
-    if goal.least is None:
-        return "below the aim"
-    return "goal" if value >= goal.least else "missed"
-
-
-# ------------------------------------------------------------------ tables
 
 
 def peers_table(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -298,93 +170,6 @@ def cost_table(found: dict[str, dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     head = ["a training step with", "against a plain one", "over the models", "models", "from"]
     return table(head, rows) if rows else ["Not measured yet."]
-
-
-# ------------------------------------------------------------------ weak spots
-
-
-def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Say what the numbers do not show, or show against us."""
-    for goal in goals(found):
-        for name, value, text in goal.found:
-            if verdict(goal, value) in ("missed", "below the aim"):
-                wanted = goal.aim if goal.least is None else goal.least
-                yield f"{goal.what}: {text} where {wanted:g} was wanted ({name})."
-    for task in ACCURACY:
-        everything = shown(runs_of(found, task))
-        pruned = [one for one in everything if one.method != "dense"]
-        if lacking := ", ".join(not_measured(found, task)):
-            yield f"{task}: not measured: {lacking}."
-        single = [one for one in pruned if len(one.seeds) == 1]
-        if single:
-            yield f"{task}: one seed only in {len(single)} of {len(pruned)} rows."
-        cut_short = {one.epochs for one in everything if re.search(r"\d+epochs$", one.title)}
-        if cut_short:
-            epochs = " or ".join(map(str, sorted(cut_short)))
-            yield f"{task}: trained for {epochs} epochs, not for the script's own number."
-        yield from shorter_peers(everything)
-        yield from better_peers(everything)
-    for engine in ("onnxruntime", "openvino"):
-        for one in timed(found, engine):
-            efficiency = speedup(one, "pruned", "dense") / fewer_macs(one)
-            where = f"{one['network']} at {fewer_macs(one):.2f}x fewer MACs, {engine} on {processor(one)}"
-            if efficiency < 0.8:
-                yield f"{where}: only {efficiency:.0%} of what the MACs promise is gained."
-            if speedup(one, "pruned.int8", "pruned") < 1:
-                yield f"{where}: int8 makes the pruned network slower."
-            if one["noisy"]:
-                yield f"{where}: the machine was noisy, the dense file against itself was off by over 5 %."
-    for name, raw in found.items():
-        load, cores = (raw["environment"].get(key) or 0 for key in ("load", "cores"))
-        if load > max(cores, 1) and not name.startswith(WITHOUT_TIMES):
-            yield f"{name} was measured on a busy machine (load {load:.1f}, {cores or 'unknown'} cores)."
-
-
-def not_measured(found: dict[str, dict[str, Any]], task: str) -> Iterator[str]:
-    """List the rows that a task should have and has not; none of a task that has no row at all."""
-    everything = runs_of(found, task)
-    there = {(one.method, *one.budget) for one in everything}
-    failed = found.get(f"accuracy_{task}", {}).get("config", {}).get("failed", {})
-    there |= {tuple(title.split(", ")[:2]) for title in failed}
-    wanted: list[tuple[str, ...]] = [("tuned",)]
-    for macs in MACS.get(task, (0.5,)):
-        wanted += [(method, f"macs{macs:g}") for method in ("structural", "torch-pruning", "small")]
-    for zeros in ZEROS.get(task, ()):
-        wanted += [(method, f"zeros{zeros:g}") for method in ("magnitude", "ModelPruning")]
-    for row in wanted if everything else ():
-        if row not in there:
-            yield " at ".join(row)
-
-
-def shorter_peers(everything: list[Runs]) -> Iterator[str]:
-    """Say where what one would use instead was trained for less than ours."""
-    ends = first(everything)
-    for ours, theirs in (
-        ("structural", "torch-pruning"),
-        ("structural", "small"),
-        ("magnitude", "ModelPruning"),
-    ):
-        for one in (one for one in ends if one.method == ours):
-            for peer in (peer for peer in ends if (peer.method, peer.budget) == (theirs, one.budget)):
-                if peer.epochs < one.epochs:
-                    yield f"{one.task}: {peer.name} was trained for less long than {one.name}."
-
-
-def better_peers(everything: list[Runs]) -> Iterator[str]:
-    """Say where another way is better than channels taken by this package, at as few MACs; or no worse than
-    its zeros, at as many, trained no longer.
-    """
-    for ours in everything:
-        for peer in everything:
-            lead = statistics.mean(peer.scores("float")) - statistics.mean(ours.scores("float"))
-            same = ours.budget == peer.budget and peer.epochs <= ours.epochs
-            if (ours.method, peer.method) == ("magnitude", "ModelPruning") and same and lead >= 0:
-                how = f"better by {lead:.2f} points than" if lead else "as good as"
-                yield f"{ours.task}: {peer.name} is {how} {ours.name}."
-            if ours.method != "structural" or peer.method not in ("torch-pruning", "small"):
-                continue
-            if peer.fewer >= 0.98 * ours.fewer and lead > 0:
-                yield f"{ours.task}: {peer.name} is better by {lead:.2f} points than {ours.name}."
 
 
 # ------------------------------------------------------------------ the page

@@ -1,0 +1,98 @@
+"""What the numbers do not show, or show against us. Not a benchmark itself."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from goals import goals, verdict
+from measured import ACCURACY, MACS, ZEROS, Runs, fewer_macs, first, processor, runs_of, shown, speedup, timed
+
+# What these measure does not depend on what else runs.
+WITHOUT_TIMES = ("accuracy_", "export_models", "qat", "structural_grid")
+
+
+def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Say what the numbers do not show, or show against us."""
+    for goal in goals(found):
+        for name, value, text in goal.found:
+            if verdict(goal, value) in ("missed", "below the aim"):
+                wanted = goal.aim if goal.least is None else goal.least
+                yield f"{goal.what}: {text} where {wanted:g} was wanted ({name})."
+    for task in ACCURACY:
+        everything = shown(runs_of(found, task))
+        pruned = [one for one in everything if one.method != "dense"]
+        if lacking := ", ".join(not_measured(found, task)):
+            yield f"{task}: not measured: {lacking}."
+        single = [one for one in pruned if len(one.seeds) == 1]
+        if single:
+            yield f"{task}: one seed only in {len(single)} of {len(pruned)} rows."
+        cut_short = {one.epochs for one in everything if re.search(r"\d+epochs$", one.title)}
+        if cut_short:
+            epochs = " or ".join(map(str, sorted(cut_short)))
+            yield f"{task}: trained for {epochs} epochs, not for the script's own number."
+        yield from shorter_peers(everything)
+        yield from better_peers(everything)
+    for engine in ("onnxruntime", "openvino"):
+        for one in timed(found, engine):
+            efficiency = speedup(one, "pruned", "dense") / fewer_macs(one)
+            where = f"{one['network']} at {fewer_macs(one):.2f}x fewer MACs, {engine} on {processor(one)}"
+            if efficiency < 0.8:
+                yield f"{where}: only {efficiency:.0%} of what the MACs promise is gained."
+            if speedup(one, "pruned.int8", "pruned") < 1:
+                yield f"{where}: int8 makes the pruned network slower."
+            if one["noisy"]:
+                yield f"{where}: the machine was noisy, the dense file against itself was off by over 5 %."
+    for name, raw in found.items():
+        load, cores = (raw["environment"].get(key) or 0 for key in ("load", "cores"))
+        if load > max(cores, 1) and not name.startswith(WITHOUT_TIMES):
+            yield f"{name} was measured on a busy machine (load {load:.1f}, {cores or 'unknown'} cores)."
+
+
+def not_measured(found: dict[str, dict[str, Any]], task: str) -> Iterator[str]:
+    """List the rows that a task should have and has not; none of a task that has no row at all."""
+    everything = runs_of(found, task)
+    there = {(one.method, *one.budget) for one in everything}
+    failed = found.get(f"accuracy_{task}", {}).get("config", {}).get("failed", {})
+    there |= {tuple(title.split(", ")[:2]) for title in failed}
+    wanted: list[tuple[str, ...]] = [("tuned",)]
+    for macs in MACS.get(task, (0.5,)):
+        wanted += [(method, f"macs{macs:g}") for method in ("structural", "torch-pruning", "small")]
+    for zeros in ZEROS.get(task, ()):
+        wanted += [(method, f"zeros{zeros:g}") for method in ("magnitude", "ModelPruning")]
+    for row in wanted if everything else ():
+        if row not in there:
+            yield " at ".join(row)
+
+
+def shorter_peers(everything: list[Runs]) -> Iterator[str]:
+    """Say where what one would use instead was trained for less than ours."""
+    ends = first(everything)
+    for ours, theirs in (
+        ("structural", "torch-pruning"),
+        ("structural", "small"),
+        ("magnitude", "ModelPruning"),
+    ):
+        for one in (one for one in ends if one.method == ours):
+            for peer in (peer for peer in ends if (peer.method, peer.budget) == (theirs, one.budget)):
+                if peer.epochs < one.epochs:
+                    yield f"{one.task}: {peer.name} was trained for less long than {one.name}."
+
+
+def better_peers(everything: list[Runs]) -> Iterator[str]:
+    """Say where another way is better than channels taken by this package, at as few MACs; or no worse than
+    its zeros, at as many, trained no longer.
+    """
+    for ours in everything:
+        for peer in everything:
+            lead = statistics.mean(peer.scores("float")) - statistics.mean(ours.scores("float"))
+            same = ours.budget == peer.budget and peer.epochs <= ours.epochs
+            if (ours.method, peer.method) == ("magnitude", "ModelPruning") and same and lead >= 0:
+                how = f"better by {lead:.2f} points than" if lead else "as good as"
+                yield f"{ours.task}: {peer.name} is {how} {ours.name}."
+            if ours.method != "structural" or peer.method not in ("torch-pruning", "small"):
+                continue
+            if peer.fewer >= 0.98 * ours.fewer and lead > 0:
+                yield f"{ours.task}: {peer.name} is better by {lead:.2f} points than {ours.name}."
