@@ -35,20 +35,33 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"{task}: trained for {epochs} epochs, not for the script's own number."
         yield from shorter_peers(everything)
         yield from better_peers(everything)
-    for engine in ("onnxruntime", "openvino"):
-        for one in timed(found, engine):
-            efficiency = speedup(one, "pruned", "dense") / fewer_macs(one)
-            where = f"{one['network']} at {fewer_macs(one):.2f}x fewer MACs, {engine} on {processor(one)}"
-            if efficiency < 0.8:
-                yield f"{where}: only {efficiency:.0%} of what the MACs promise is gained."
-            if speedup(one, "pruned.int8", "pruned") < 1:
-                yield f"{where}: int8 makes the pruned network slower."
-            if one["noisy"]:
-                yield f"{where}: the machine was noisy, the dense file against itself was off by over 5 %."
+    yield from slow_files(found)
     for name, raw in found.items():
         load, cores = (raw["environment"].get(key) or 0 for key in ("load", "cores"))
         if load > max(cores, 1) and not name.startswith(WITHOUT_TIMES):
             yield f"{name} was measured on a busy machine (load {load:.1f}, {cores or 'unknown'} cores)."
+
+
+def slow_files(found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Say where latency does not follow: a line for each network, with all places it was timed in."""
+    lost: dict[str, list[str]] = {}
+    for engine in ("onnxruntime", "openvino"):
+        for one in timed(found, engine):
+            network = f"{one['network']} at {fewer_macs(one):.2f}x fewer MACs"
+            where = f"{engine}, {processor(one)}"
+            efficiency = speedup(one, "pruned", "dense") / fewer_macs(one)
+            slower = speedup(one, "pruned", "pruned.int8")
+            if efficiency < 0.8:
+                line = f"{network}: of what the MACs promise, only this is gained"
+                lost.setdefault(line, []).append(f"{efficiency:.0%} ({where})")
+            if slower > 1:
+                line = f"{network}: int8 makes the pruned network slower"
+                lost.setdefault(line, []).append(f"{slower:.2f}x ({where})")
+            if one["noisy"]:
+                line = f"{network}: the machine was noisy, the dense file against itself was off by over 5 %"
+                lost.setdefault(line, []).append(where)
+    for line, places in lost.items():
+        yield f"{line}: {'; '.join(places)}."
 
 
 def not_measured(found: dict[str, dict[str, Any]], task: str) -> Iterator[str]:
