@@ -23,7 +23,7 @@ def run_of(method: str, seed: int, score: float, int8: float, macs: int, epochs:
 
 
 def results(folder: Path, choose: bool = False) -> Path:
-    """DS-CNN at 2.5 times fewer MACs of two seeds, and at twice fewer; two timed networks, one of them twice."""
+    """DS-CNN at 2.5 times fewer MACs of two seeds, and at twice fewer; two networks timed, one twice."""
     folder.mkdir(parents=True)
     keywords = {
         "dense": [run_of("dense", 0, 0.92, 0.91, 1000), run_of("dense", 1, 0.918, 0.91, 1000)],
