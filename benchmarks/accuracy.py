@@ -149,11 +149,11 @@ def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
 
 
 def small(task: Task, target: float) -> nn.Module:
-    """Make the widest uniform network of at most `target` of the MACs."""
+    """Make the uniform network whose MACs come closest to `target` of the dense one's."""
     example = (torch.zeros(1, *task.shape),)
-    dense = count_macs(task.network(task.width), example)
-    fits = [w for w in range(2, task.width) if count_macs(task.network(w), example) <= target * dense]
-    return task.network(max(fits))
+    wanted = target * count_macs(task.network(task.width), example)
+    widths = range(task.step, task.width, task.step)
+    return task.network(min(widths, key=lambda w: abs(count_macs(task.network(w), example) - wanted)))
 
 
 class Reseed(Callback):

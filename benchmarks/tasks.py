@@ -30,6 +30,7 @@ class Task:
         title: What it is, for tables.
         network: Makes it; takes the width of its first layer.
         width: That width.
+        step: Other widths are multiples of it.
         shape: Of one sample.
         classes: How many.
         read: Reads the data: `{"train", "val", "test"}`.
@@ -66,6 +67,7 @@ class Task:
     metric: str = "val_acc"
     pruning: dict[str, Any] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
+    step: int = 1
 
     def make(self, root: Path | str | None, width: int | None = None) -> nn.Module:
         """Make the network, with the published weights if it has them and the width is its own."""
@@ -153,7 +155,7 @@ TASKS = {
         detection.Retina, 32, (3, 240, 320), 3, _joined(data.cells), scale=detection.scaled,
         base=60, tune=40, base_lr=1e-3, batch=8,
         augment=lambda _: data.mirrored_boxes, learner=detection.Detector, metric="val_map",
-        recipe=Recipe(lr=5e-4, optimizer="adamw", decay=0.02), ends=("scores", "boxes"),
+        recipe=Recipe(lr=5e-4, optimizer="adamw", decay=0.02), ends=("scores", "boxes"), step=4,
     ),
 }  # fmt: skip
 
