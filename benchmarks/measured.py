@@ -71,6 +71,10 @@ class Runs:
         """How many times fewer MACs than the dense network; the least of the seeds."""
         return float(min(self.dense[0]["float"]["macs"] / run["float"]["macs"] for run in self.seeds))
 
+    def as_small_as(self, other: Runs) -> bool:
+        """Whether both have about the same MACs, so that their accuracy can be compared."""
+        return abs(self.fewer / other.fewer - 1) < 0.04
+
     def scores(self, form: str) -> list[float]:
         """Say how good each seed is, in percent; `form` is `"float"` or `"int8"`."""
         return [100 * run[form]["score"] for run in self.seeds]

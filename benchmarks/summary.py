@@ -90,23 +90,36 @@ def peers_table(found: dict[str, dict[str, Any]]) -> list[str]:
         failed = found.get(f"accuracy_{task}", {}).get("config", {}).get("failed", {})
         for methods in (("structural", "torch-pruning", "small"), ("magnitude", "ModelPruning")):
             for one in (one for one in everything if one.method == methods[0]):
-                cells = [change(everything, failed, method, one.budget) for method in methods]
+                cells = [change(everything, failed, method, one) for method in methods]
                 less = f"{one.fewer:.2f}x fewer MACs"
                 if one.method == "magnitude":
                     less = f"{float(one.budget[0].removeprefix('zeros')):.0%} zeros"
                     cells.append("")
-                rows[(task, less, *cells, change(everything, failed, "tuned", ()))] = None
+                rows[(task, less, *cells, change(everything, failed, "tuned", None))] = None
     head = ["task", "smaller by", "lightning-prune", "Torch-Pruning; for zeros, ModelPruning"]
     head += ["a small network from scratch", "the dense network, trained on"]
     return table(head, rows) if rows else ["Not measured yet."]
 
 
-def change(everything: list[Runs], failed: dict[str, str], method: str, budget: tuple[str, ...]) -> str:
-    """Write by how much a method changes the accuracy of a task, and in how many epochs."""
+def change(everything: list[Runs], failed: dict[str, str], method: str, beside: Runs | None) -> str:
+    """Write by how much a method changes the accuracy of a task, and in how many epochs.
+
+    Args:
+        everything: What was measured of the task.
+        failed: What could not be done.
+        method: Whose.
+        beside: What it is compared with: it has the same budget, but may keep to it less closely.
+    """
+    budget = beside.budget if beside else ()
     runs = [one for one in everything if (one.method, one.budget) == (method, budget)]
     if not runs and any(title.split(", ")[: 1 + len(budget)] == [method, *budget] for title in failed):
         return "cannot"
-    return "; ".join(f"{spread(one.changes('float'))}, {one.epochs} epochs" for one in runs)
+    texts = []
+    for one in runs:
+        texts.append(f"{spread(one.changes('float'))}, {one.epochs} epochs")
+        if beside and not one.as_small_as(beside):
+            texts[-1] += f", at {one.fewer:.2f}x"
+    return "; ".join(texts)
 
 
 def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:

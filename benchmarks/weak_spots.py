@@ -33,7 +33,7 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         if cut_short:
             epochs = " or ".join(map(str, sorted(cut_short)))
             yield f"{task}: trained for {epochs} epochs, not for the script's own number."
-        yield from shorter_peers(everything)
+        yield from unequal_peers(everything)
         yield from better_peers(everything)
     yield from slow_files(found)
     for name, raw in found.items():
@@ -80,8 +80,8 @@ def not_measured(found: dict[str, dict[str, Any]], task: str) -> Iterator[str]:
             yield " at ".join(row)
 
 
-def shorter_peers(everything: list[Runs]) -> Iterator[str]:
-    """Say where what one would use instead was trained for less than ours."""
+def unequal_peers(everything: list[Runs]) -> Iterator[str]:
+    """Say where what one would use instead was trained for less than ours, or is not as small."""
     ends = first(everything)
     for ours, theirs in (
         ("structural", "torch-pruning"),
@@ -92,12 +92,16 @@ def shorter_peers(everything: list[Runs]) -> Iterator[str]:
             for peer in (peer for peer in ends if (peer.method, peer.budget) == (theirs, one.budget)):
                 if peer.epochs < one.epochs:
                     yield f"{one.task}: {peer.name} was trained for less long than {one.name}."
+                if not peer.as_small_as(one):
+                    times = f"{peer.fewer:.2f}x fewer MACs, not {one.fewer:.2f}x"
+                    yield f"{one.task}: {peer.name} has {times}, as {one.name} has."
 
 
 def better_peers(everything: list[Runs]) -> Iterator[str]:
     """Say where another way is better than channels taken by this package, at as few MACs; or no worse than
-    its zeros, at as many, trained no longer.
+    its zeros, at as many; trained no longer, but for what is trained from scratch.
     """
+    ends = first(everything)
     for ours in everything:
         for peer in everything:
             lead = statistics.mean(peer.scores("float")) - statistics.mean(ours.scores("float"))
@@ -107,5 +111,8 @@ def better_peers(everything: list[Runs]) -> Iterator[str]:
                 yield f"{ours.task}: {peer.name} is {how} {ours.name}."
             if ours.method != "structural" or peer.method not in ("torch-pruning", "small"):
                 continue
-            if peer.fewer >= 0.98 * ours.fewer and lead > 0:
+            # What stands for us, and else only what learned in the same way.
+            alike = ours in ends or ours.settings == peer.settings
+            fair = alike and (peer.method == "small" or peer.epochs <= ours.epochs)
+            if fair and peer.fewer >= 0.98 * ours.fewer and lead > 0:
                 yield f"{ours.task}: {peer.name} is better by {lead:.2f} points than {ours.name}."

@@ -32,6 +32,8 @@ def results(folder: Path, choose: bool = False) -> Path:
         ],
         "structural, macs0.4": [run_of("structural", 0, 0.5, 0.5, 400)],
         "torch-pruning, macs0.5": [run_of("torch-pruning", 0, 0.915, 0.9, 495)],
+        "small, macs0.4": [run_of("small", 0, 0.4, 0.4, 300)],
+        "torch-pruning, macs0.4, 9epochs": [run_of("torch-pruning", 0, 0.9, 0.9, 400, epochs=9)],
         "magnitude, zeros0.8": [run_of("magnitude", 0, 0.9, 0.9, 1000)],
         "ModelPruning, zeros0.8": [run_of("ModelPruning", 0, 0.9, 0.9, 1000, epochs=6)],
         "magnitude, zeros0.9": [run_of("magnitude", 0, 0.8, 0.8, 1000)],
@@ -129,14 +131,17 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
     weak = page.partition("## Weak spots")[2].partition("## ")[0]
     assert "84.99 (1 seed) where 85 was wanted" in weak
     assert "torch-pruning, macs 0.5, 7 epochs is better by 0.50 points than structural, macs 0.5, 7" in weak
-    assert "than structural, macs 0.4" not in weak  # which has fewer MACs
-    assert "keywords: one seed only in 6 of 7 rows." in weak
+    # That with more MACs is no better one, nor that which was trained for longer.
+    assert "than structural, macs 0.4" not in weak
+    assert "small, macs 0.4, 7 epochs has 3.33x fewer MACs, not 2.50x, as structural, macs 0.4, 7" in weak
+    assert weak.count("fewer MACs, not") == 1
+    assert "keywords: one seed only in 8 of 9 rows." in weak
     assert "ModelPruning, zeros 0.8, 6 epochs is as good as magnitude, zeros 0.8, 7 epochs." in weak
     assert "ModelPruning, zeros 0.9, 7 epochs is" not in weak
     assert "resnet8: trained for 5 or 7 epochs, not for" in weak
     shorter = "torch-pruning, macs 0.5, 5 epochs was trained for less long than structural, macs 0.5, 7"
     assert shorter in weak
-    assert "keywords: trained for" not in weak
+    assert "keywords: trained for 9 epochs" in weak
     assert "keywords: not measured: tuned, small at macs0.5." in weak
     assert "resnet56: not measured" not in weak  # of which there is nothing at all
     assert weak.count("resnet18 at 2.00x") == weak.count("the machine was noisy") == 1
@@ -158,6 +163,8 @@ def test_each_budget_has_a_row_with_what_one_would_use_instead(page: str) -> Non
     table = page.partition("## Beside what")[2].partition("## ")[0]
     (keywords,) = rows_with(table, "keywords | 2.00x")
     assert keywords[2:] == ["-0.90 ± 0.14 (2 seeds), 7 epochs", "-0.50 (1 seed), 7 epochs", "", ""]
+    (less,) = rows_with(table, "keywords | 2.50x")
+    assert less[3:5] == ["-2.00 (1 seed), 9 epochs", "-52.00 (1 seed), 7 epochs, at 3.33x"]
     assert [row[1:4] for row in rows_with(table, "keywords | 80%")] == [
         ["80% zeros", "-2.00 (1 seed), 7 epochs", "-2.00 (1 seed), 6 epochs"]
     ]
