@@ -25,8 +25,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
+import peers
 from common import PACKAGES, RESULTS, environment, option, replace_text, table, write, write_json
 from data import add_data_root
 from learning import Recipe, Teacher
@@ -105,47 +105,14 @@ def our_callbacks(method: str, arguments: argparse.Namespace) -> list[Callback]:
     return callbacks
 
 
-class PeerError(Exception):
-    """What is compared with cannot do it, which is a result too."""
-
-
-@contextmanager
-def of_the_peer() -> Iterator[None]:
-    """Tell what a peer raises from faults of ours."""
-    try:
-        yield
-    except Exception as error:
-        raise PeerError(f"{type(error).__name__}: {error}") from error
-
-
 def torch_pruning(network: nn.Module, task: Task, target: float) -> nn.Module:
-    """Cut with Torch-Pruning alone, in small global steps, until the MACs are at most `target` of them.
-
-    Raises:
-        PeerError: It fails, or stops before that.
-    """
-    import torch_pruning as tp
-
-    example = torch.zeros(1, *task.shape)
+    """Cut with Torch-Pruning alone: see `peers.torch_pruning`."""
     ends = [
         layer
         for name, layer in network.named_modules()
         if name in task.ends or (isinstance(layer, nn.Linear) and layer.out_features == task.classes)
     ]
-    dense = count_macs(network, (example,))
-    with of_the_peer():
-        pruner = tp.pruner.BasePruner(
-            network, example, tp.importance.GroupMagnitudeImportance(), global_pruning=True,
-            pruning_ratio=1.0, max_pruning_ratio=0.9, iterative_steps=400, ignored_layers=ends,
-            in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
-        )  # fmt: skip
-    for _ in range(400):
-        with of_the_peer():
-            pruner.step()
-        if count_macs(network, (example,)) <= target * dense:
-            # It leaves the network in eval mode, in which Lightning would train it.
-            return network.train()
-    raise PeerError("it did not reach the budget")
+    return peers.torch_pruning(network, torch.zeros(1, *task.shape), ends, target)
 
 
 def small(task: Task, target: float) -> nn.Module:
@@ -414,7 +381,7 @@ def main() -> None:
                 continue
             try:
                 write_json(folder / "result.json", run(arguments.task, method, seed, arguments))
-            except PeerError as error:
+            except peers.PeerError as error:
                 replace_text(folder / "failed.txt", str(error))
     summarize(arguments.task, arguments)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import replace_text
+from measured import PEER
 
 TITLES = {
     "accuracy": "Accuracy against multiply-accumulates",
@@ -143,6 +144,9 @@ def _latency(timed: Mapping[str, Sequence[Any]]) -> Any:
                     [fewer], [latency["dense"] / latency["pruned"]], "o", color=color, markerfacecolor=fill,
                     label=one["network"] + label,
                 )  # fmt: skip
+            if PEER in one["latency_ms"]:
+                ratio = one["latency_ms"]["dense"]["p50"] / one["latency_ms"][PEER]["p50"]
+                axes.plot([one["macs"]["dense"] / one["macs"][PEER]], [ratio], "^", color=color)
             ends.append(fewer)
         axes.plot([1, max(ends) * 1.05], [1, max(ends) * 1.05], color="#bbbbbb", linewidth=0.8)
     known = {}

@@ -1,5 +1,8 @@
 """Does latency follow the MACs? Dense, pruned, int8 and both, in one interleaved run, batch 1.
 
+Beside them runs what Torch-Pruning leaves of the same network at the same budget, every layer losing the same
+share, without its `round_to`: as in its examples, the widths are those that come out.
+
 Networks have random weights: what is measured is time. Every layer loses the same share of its channels
 (`scope="layer"`), so that the widths are those that a trained network would get. They are cut by
 `StructuralPruning` in a fit of one step, exported and quantized by `EdgeExport`, and timed by the package's
@@ -17,6 +20,7 @@ saved was gained; an int8 file is compared with the dense int8 file.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import warnings
@@ -34,6 +38,9 @@ import networks
 from common import PACKAGES, RESULTS, doubts, environment, option, table, write, write_json
 from lightning_prune import Budget, EdgeExport, Profile, Schedule, StructuralPruning, export
 from lightning_prune.deploy.profile import profile_files
+from lightning_prune.report.results import Report
+from measured import PEER
+from peers import torch_pruning
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ NOTE = (
     "Weights are random, and every layer loses the same share: a trained network, whose layers can bear "
     "different shares, is free to lose more where nothing is saved. Noisy: the dense file against itself was "
     "off by more than 5 %. Cold caches: each run came right after one of another file, whose weights filled "
-    "them; else some untimed runs came before it."
+    "them; else some untimed runs came before it. torch-pruning: what Torch-Pruning leaves, its round_to at none."
 )
 
 
@@ -91,20 +98,23 @@ class Timed(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def export_both(case: Case, macs: float, folder: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Export the dense and the pruned network, each in float and in int8; once, they are kept in the folder.
+def export_all(case: Case, macs: float, folder: Path, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Export the network dense, pruned and cut by Torch-Pruning, each in float and in int8.
+
+    They are kept in the folder, and not made again.
 
     Returns:
-        `{"dense", "dense.int8", "pruned" or "pruned.int8": {"file", "macs", "bytes"}}`.
+        `{"dense", "pruned", "torch-pruning" or one of these and ".int8": {"file", "macs", "bytes"}}`.
     """
     known = folder / "files.json"
     if known.exists():
         return dict(json.loads(known.read_text(encoding="utf-8")))
-    seed_everything(0, verbose=False)
-    module = Timed(case.make())
     loader = DataLoader(torch.randn(8, *case.shape), 2)
     loaders = {"val": loader, "train": loader}
-    reports = {"dense": export(module, folder / "dense", dataloaders=loaders, profile=None)}
+    seed_everything(0, verbose=False)
+    module = Timed(case.make())
+    peer = Timed(copy.deepcopy(module.network))
+    files = files_of("dense", export(module, folder / "dense", dataloaders=loaders, profile=None))
     last = EdgeExport(str(folder / "pruned"), profile=None, baseline=False)
     cut = StructuralPruning(Budget(macs=macs), schedule=Schedule("one_shot", begin=0.0), **options)
     trainer = Trainer(
@@ -112,25 +122,31 @@ def export_both(case: Case, macs: float, folder: Path, options: dict[str, Any]) 
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(module, loader, loader)
-    reports["pruned"] = last.report
-    files = {
-        kind + (".int8" if variant.name.endswith(".int8") else ""): {
-            "file": f"{kind}/{variant.file}", "macs": variant.macs, "bytes": variant.bytes
-        }
-        for kind, report in reports.items()
-        for variant in report.variants
-    }  # fmt: skip
+    files |= files_of("pruned", last.report)
+    ends = [layer for layer in peer.modules() if isinstance(layer, nn.Linear)][-1:]
+    torch_pruning(peer.network, torch.zeros(1, *case.shape), ends, macs, alike=True)
+    files |= files_of(PEER, export(peer, folder / PEER, dataloaders=loaders, profile=None))
     write_json(known, files)
     return files
 
 
+def files_of(kind: str, report: Report) -> dict[str, dict[str, Any]]:
+    """Say where the files of an export are, and what they cost."""
+    return {
+        kind + (".int8" if variant.name.endswith(".int8") else ""): {
+            "file": f"{kind}/{variant.file}", "macs": variant.macs, "bytes": variant.bytes
+        }
+        for variant in report.variants
+    }  # fmt: skip
+
+
 def measure(name: str, macs: float, arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Time the four files of one network, or say what was measured before; None if they are only made."""
+    """Time the files of one network, or say what was measured before; None if they are only made."""
     case = NETWORKS[name]
     options = case.options | dict(arguments.set or [])
     chosen = "_".join(f"{key}-{value}" for key, value in sorted(options.items()))
     folder = arguments.work / f"{name}_{macs:g}_{chosen}"
-    files = export_both(case, macs, folder, options)
+    files = export_all(case, macs, folder, options)
     if arguments.prepare:
         return None
     known = folder / f"{arguments.engine}_{arguments.threads}_{arguments.rounds}.json"
@@ -154,14 +170,15 @@ def measure(name: str, macs: float, arguments: argparse.Namespace) -> dict[str, 
 
 
 def rows_of(found: dict[str, Any]) -> list[list[object]]:
-    """Lay out one network's four files."""
+    """Lay out one network's files."""
     p50 = {kind: latency["p50"] for kind, latency in found["latency_ms"].items()}
     rows = []
     for kind, latency in found["latency_ms"].items():
         fewer = found["macs"]["dense"] / found["macs"][kind]
         shown = ""
-        if kind.startswith("pruned"):
-            shown = f"{p50[kind.replace('pruned', 'dense')] / p50[kind] / fewer:.2f}"
+        if not kind.startswith("dense"):
+            same = "dense.int8" if kind.endswith(".int8") else "dense"
+            shown = f"{p50[same] / p50[kind] / fewer:.2f}"
         cells = [found["network"], found["environment"]["cpu"], kind, f"{found['macs'][kind] / 1e6:.1f}"]
         cells += [f"{fewer:.2f}x", f"{p50[kind]:.3g}", f"{latency['p90']:.3g}" if latency["p90"] else ""]
         cells += [f"{p50['dense'] / p50[kind]:.2f}x", shown]
@@ -187,7 +204,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("onnxruntime", "openvino"), default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=30.0, help="at most, for each network")
+    parser.add_argument("--seconds", type=float, default=45.0, help="at most, for each network")
     parser.add_argument("--prepare", action="store_true", help="make the files and measure nothing")
     parser.add_argument("--add", action="store_true", help="keep what the table has of other processors")
     parser.add_argument("--work", type=Path, default=Path("runs/latency"), help="files and measurements")

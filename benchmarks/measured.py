@@ -13,6 +13,9 @@ ACCURACY = ("resnet56", "resnet20", "resnet8", "keywords", "motion_cnn", "motion
 MACS = {"resnet56": (0.476, 0.389), "resnet20": (0.606,)}
 ZEROS = {"resnet56": (0.8, 0.9, 0.95), "resnet20": (0.8, 0.9, 0.95)}
 
+# Whose file is timed beside ours.
+PEER = "torch-pruning"
+
 
 @dataclass(frozen=True)
 class Runs:

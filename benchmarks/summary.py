@@ -20,6 +20,7 @@ from goals import Goal, goals, verdict
 from measured import (
     ACCURACY,
     MACS,
+    PEER,
     ZEROS,
     Runs,
     by_place,
@@ -160,6 +161,24 @@ def latency_table(found: dict[str, dict[str, Any]]) -> list[str]:
     return table(head, rows) if rows else ["Not measured yet."]
 
 
+def speed_peers_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Lay out how much faster than the dense network ours and Torch-Pruning's are, where both were timed."""
+    rows = [
+        [
+            one["network"], f"{fewer_macs(one):.2f}x", engine, processor(one),
+            *(f"{speedup(one, kind, 'dense'):.2f}x" for kind in ("pruned", PEER)),
+            *(f"{speedup(one, f'{kind}.int8', 'dense'):.2f}x" for kind in ("pruned", PEER)),
+            ", ".join(doubts(one)),
+        ]
+        for engine in ("onnxruntime", "openvino")
+        for one in timed(found, engine)
+        if PEER in one["latency_ms"]
+    ]  # fmt: skip
+    head = ["network", "fewer MACs", "engine", "processor", "lightning-prune", "Torch-Pruning"]
+    head += ["lightning-prune, int8", "Torch-Pruning, int8", ""]
+    return table(head, rows) if rows else ["Not measured yet."]
+
+
 def step_ratios(found: dict[str, dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
     """Say, by file and callback, what a training step takes beside a plain one, one number for each model."""
     ratios: dict[tuple[str, str], list[float]] = {}
@@ -208,6 +227,7 @@ def page(found: dict[str, dict[str, Any]], plots: set[str], note: str = "") -> s
         where=" and ".join(sorted(places)) or "no machine yet",
         goals="\n".join(table(head, goal_rows(goals(found)))),
         peers="\n".join(peers_table(found)),
+        speed_peers="\n".join(speed_peers_table(found)),
         accuracy="\n".join(accuracy_table(found)),
         latency="\n".join(latency_table(found)),
         cost="\n".join(cost_table(found)),

@@ -8,7 +8,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from goals import goals, verdict
-from measured import ACCURACY, MACS, ZEROS, Runs, fewer_macs, first, processor, runs_of, shown, speedup, timed
+from measured import (
+    ACCURACY,
+    MACS,
+    PEER,
+    ZEROS,
+    Runs,
+    fewer_macs,
+    first,
+    processor,
+    runs_of,
+    shown,
+    speedup,
+    timed,
+)
 
 # What these measure does not depend on what else runs.
 WITHOUT_TIMES = ("accuracy_", "export_models", "qat", "structural_grid")
@@ -57,6 +70,9 @@ def slow_files(found: dict[str, dict[str, Any]]) -> Iterator[str]:
             if slower > 1:
                 line = f"{network}: int8 makes the pruned network slower"
                 lost.setdefault(line, []).append(f"{slower:.2f}x ({where})")
+            if PEER in one["latency_ms"] and speedup(one, PEER, "pruned") > 1:
+                line = f"{network}: what Torch-Pruning leaves is faster"
+                lost.setdefault(line, []).append(f"{speedup(one, PEER, 'pruned'):.2f}x ({where})")
             if one["noisy"]:
                 line = f"{network}: the machine was noisy, the dense file against itself was off by over 5 %"
                 lost.setdefault(line, []).append(where)
