@@ -74,7 +74,7 @@ NOTE = (
     "Weights are random, and every layer loses the same share: a trained network, whose layers can bear "
     "different shares, is free to lose more where nothing is saved. Noisy: the dense file against itself was "
     "off by more than 5 %. Cold caches: each run came right after one of another file, whose weights filled "
-    "them; else some untimed runs came before it. torch-pruning: what Torch-Pruning leaves, its round_to at none."
+    "them; else some untimed runs came before it. torch-pruning: what it leaves, with no round_to."
 )
 
 
