@@ -171,6 +171,14 @@ def test_names_of_runs_read_as_their_options(parts: SimpleNamespace) -> None:
     assert parts.accuracy.title_of(name) == expected
 
 
+def test_a_file_that_lost_its_zeros_is_refused_and_one_with_biases_is_not(parts: SimpleNamespace) -> None:
+    network = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2))  # 96 weights, 10 biases
+    file = {"parameters": 106, "nonzero": 106 - 77}
+    parts.accuracy.check_zeros("magnitude", 0.8, network, file)
+    with pytest.raises(RuntimeError, match=r"magnitude made 66\.0% zeros, not 80\.0%"):
+        parts.accuracy.check_zeros("magnitude", 0.8, network, {**file, "nonzero": 106 - 70})
+
+
 def test_the_small_peer_is_of_the_width_that_comes_closest_to_the_budget(parts: SimpleNamespace) -> None:
     from lightning_prune.cost import count_macs
 
