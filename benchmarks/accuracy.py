@@ -245,7 +245,7 @@ def check_zeros(method: str, wanted: float, network: nn.Module, file: dict[str, 
         RuntimeError: It has fewer zeros than `wanted` of the weights of the network's layers.
     """
     weights = sum(getattr(layer, name).numel() for layer, name in layers_with_weights(network))
-    least = wanted * min(1.0, weights / file["parameters"]) - 0.02
+    least = wanted * weights / file["parameters"] - 0.02
     if (zeros := 1 - file["nonzero"] / file["parameters"]) < least:
         raise RuntimeError(f"{method} made {zeros:.1%} zeros, not {wanted:.1%}")
 

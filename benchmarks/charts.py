@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import replace_text
-from measured import PEER
+from measured import PEER, fewer_macs, speedup
 
 TITLES = {
     "accuracy": "Accuracy against multiply-accumulates",
@@ -137,16 +137,14 @@ def _latency(timed: Mapping[str, Sequence[Any]]) -> Any:
         ends = [1.0]
         for one in networks:
             color = COLORS[names.index(one["network"]) % len(COLORS)]
-            fewer = one["macs"]["dense"] / one["macs"]["pruned"]
+            fewer = fewer_macs(one)
             for form, fill, label in (("", color, ""), (".int8", "white", ", int8 to int8")):
-                latency = {kind: one["latency_ms"][kind + form]["p50"] for kind in ("dense", "pruned")}
                 axes.plot(
-                    [fewer], [latency["dense"] / latency["pruned"]], "o", color=color, markerfacecolor=fill,
-                    label=one["network"] + label,
+                    [fewer], [speedup(one, f"pruned{form}", f"dense{form}")], "o", color=color,
+                    markerfacecolor=fill, label=one["network"] + label,
                 )  # fmt: skip
             if PEER in one["latency_ms"]:
-                ratio = one["latency_ms"]["dense"]["p50"] / one["latency_ms"][PEER]["p50"]
-                axes.plot([one["macs"]["dense"] / one["macs"][PEER]], [ratio], "^", color=color)
+                axes.plot([fewer_macs(one, PEER)], [speedup(one, PEER, "dense")], "^", color=color)
             ends.append(fewer)
         axes.plot([1, max(ends) * 1.05], [1, max(ends) * 1.05], color="#bbbbbb", linewidth=0.8)
     known = {}

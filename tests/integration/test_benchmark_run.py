@@ -29,6 +29,7 @@ def test_each_kind_of_method_ends_in_the_table_with_what_it_was_asked_for(tmp_pa
     # Its biases, a twentieth of this network, are no weights that can be zero.
     assert 0.75 < 1 - files["magnitude"]["nonzero"] / files["magnitude"]["parameters"] < 0.8
     assert 0.45 < files["structural"]["macs"] / files["dense"]["macs"] <= 0.5
-    # The published network has 90 % at least; what four epochs leave still knows keywords from noise.
+    # The published network has 90 % at least; four epochs bring back most of what was taken.
     assert files["dense"]["score"] > 0.9
-    assert min(file["score"] for file in files.values()) > 0.3
+    assert files["structural"]["score"] > 0.85
+    assert files["magnitude"]["score"] > 0.6
