@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import replace_text
-from measured import PEER, fewer_macs, speedup
+from measured import fewer_macs, peers_of, speedup
 
 TITLES = {
     "accuracy": "Accuracy against multiply-accumulates",
@@ -143,8 +143,11 @@ def _latency(timed: Mapping[str, Sequence[Any]]) -> Any:
                     [fewer], [speedup(one, f"pruned{form}", f"dense{form}")], "o", color=color,
                     markerfacecolor=fill, label=one["network"] + label,
                 )  # fmt: skip
-            if PEER in one["latency_ms"]:
-                axes.plot([fewer_macs(one, PEER)], [speedup(one, PEER, "dense")], "^", color=color)
+            for round_to, kind in peers_of(one).items():
+                axes.plot(
+                    [fewer_macs(one, kind)], [speedup(one, kind, "dense")], "^" if round_to == 8 else "v",
+                    color=color,
+                )  # fmt: skip
             ends.append(fewer)
         axes.plot([1, max(ends) * 1.05], [1, max(ends) * 1.05], color="#bbbbbb", linewidth=0.8)
     known = {}

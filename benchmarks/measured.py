@@ -13,7 +13,7 @@ ACCURACY = ("resnet56", "resnet20", "resnet8", "keywords", "motion_cnn", "motion
 MACS = {"resnet56": (0.476, 0.389), "resnet20": (0.606,)}
 ZEROS = {"resnet56": (0.8, 0.9, 0.95), "resnet20": (0.8, 0.9, 0.95)}
 
-# Whose file is timed beside ours.
+# Whose files are timed beside ours; their kinds end with the number that its widths are multiples of.
 PEER = "torch-pruning"
 
 
@@ -76,7 +76,7 @@ class Runs:
 
     def as_small_as(self, other: Runs) -> bool:
         """Whether both have about the same MACs, so that their accuracy can be compared."""
-        return abs(self.fewer / other.fewer - 1) < 0.04
+        return about_the_same(self.fewer, other.fewer)
 
     def scores(self, form: str) -> list[float]:
         """Say how good each seed is, in percent; `form` is `"float"` or `"int8"`."""
@@ -145,6 +145,17 @@ def speedup(one: dict[str, Any], kind: str, base: str) -> float:
 def fewer_macs(one: dict[str, Any], kind: str = "pruned") -> float:
     """Say how many times fewer MACs a file has than the dense one."""
     return float(one["macs"]["dense"] / one["macs"][kind])
+
+
+def about_the_same(one: float, other: float) -> bool:
+    """Whether two ratios of MACs are so close that what was measured at them can be compared."""
+    return abs(one / other - 1) < 0.04
+
+
+def peers_of(one: dict[str, Any]) -> dict[int, str]:
+    """List the peer's files that were timed, in float, by what their widths are multiples of."""
+    found = (re.fullmatch(rf"{PEER}-(\d+)", kind) for kind in one["latency_ms"])
+    return {int(match[1]): match[0] for match in found if match}
 
 
 def processor(one: dict[str, Any]) -> str:

@@ -24,8 +24,9 @@ def of_the_peer() -> Iterator[None]:
 
 
 def torch_pruning(
-    network: nn.Module, example: Tensor, ends: Sequence[nn.Module], target: float, *, alike: bool = False
-) -> nn.Module:
+    network: nn.Module, example: Tensor, ends: Sequence[nn.Module], target: float, *,
+    alike: bool = False, round_to: int | None = None,
+) -> nn.Module:  # fmt: skip
     """Cut with Torch-Pruning alone, in small steps, until the MACs are at most `target` of them.
 
     Args:
@@ -34,6 +35,7 @@ def torch_pruning(
         ends: Layers whose outputs stay.
         target: Fraction of the MACs that may remain.
         alike: Every layer loses the same share; otherwise those whose channels matter least lose most.
+        round_to: Widths are multiples of it; None, its default, leaves them as they come out.
 
     Raises:
         PeerError: It fails, or stops before that.
@@ -45,6 +47,7 @@ def torch_pruning(
         pruner = tp.pruner.BasePruner(
             network, example, tp.importance.GroupMagnitudeImportance(), global_pruning=not alike,
             pruning_ratio=1.0, max_pruning_ratio=0.9, iterative_steps=400, ignored_layers=list(ends),
+            round_to=round_to,
             in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
         )  # fmt: skip
     for _ in range(400):

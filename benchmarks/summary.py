@@ -20,12 +20,13 @@ from goals import Goal, goals, verdict
 from measured import (
     ACCURACY,
     MACS,
-    PEER,
     ZEROS,
     Runs,
+    about_the_same,
     by_place,
     fewer_macs,
     first,
+    peers_of,
     processor,
     runs_of,
     shown,
@@ -163,20 +164,29 @@ def latency_table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def speed_peers_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Lay out how much faster than the dense network ours and Torch-Pruning's are, where both were timed."""
-    rows = [
-        [
-            one["network"], f"{fewer_macs(one):.2f}x", engine, processor(one),
-            *(f"{speedup(one, kind, 'dense'):.2f}x" for kind in ("pruned", PEER)),
-            *(f"{speedup(one, f'{kind}.int8', 'dense'):.2f}x" for kind in ("pruned", PEER)),
-            ", ".join(doubts(one)),
-        ]
-        for engine in ("onnxruntime", "openvino")
-        for one in timed(found, engine)
-        if PEER in one["latency_ms"]
-    ]  # fmt: skip
-    head = ["network", "fewer MACs", "engine", "processor", "lightning-prune", "Torch-Pruning"]
-    head += ["lightning-prune, int8", "Torch-Pruning, int8", ""]
+    rows = []
+    for engine in ("onnxruntime", "openvino"):
+        for one in (one for one in timed(found, engine) if peers_of(one)):
+            peers = peers_of(one)
+            kinds = [peers.pop(8, None), next(iter(peers.values()), None)]
+            cells = [one["network"], engine, processor(one), f"{fewer_macs(one):.2f}x"]
+            for form in ("", ".int8"):
+                cells.append(f"{speedup(one, f'pruned{form}', 'dense'):.2f}x")
+                cells += [peer_speed(one, kind, form) for kind in kinds]
+            rows.append([*cells, ", ".join(doubts(one))])
+    head = ["network", "engine", "processor", "fewer MACs", "lightning-prune", "Torch-Pruning, 8"]
+    head += ["Torch-Pruning, by hand", "lightning-prune, int8", "Torch-Pruning, 8, int8"]
+    head += ["Torch-Pruning, by hand, int8", ""]
     return table(head, rows) if rows else ["Not measured yet."]
+
+
+def peer_speed(one: dict[str, Any], kind: str | None, form: str) -> str:
+    """Write how much faster a peer's file is than the dense one, and its MACs if they are not ours."""
+    if kind is None:
+        return "cannot"
+    text = f"{speedup(one, f'{kind}{form}', 'dense'):.2f}x"
+    fewer = fewer_macs(one, kind)
+    return text if about_the_same(fewer, fewer_macs(one)) else f"{text}, at {fewer:.2f}x"
 
 
 def step_ratios(found: dict[str, dict[str, Any]]) -> dict[tuple[str, str], list[float]]:

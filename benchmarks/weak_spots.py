@@ -11,11 +11,11 @@ from goals import goals, verdict
 from measured import (
     ACCURACY,
     MACS,
-    PEER,
     ZEROS,
     Runs,
     fewer_macs,
     first,
+    peers_of,
     processor,
     runs_of,
     shown,
@@ -70,9 +70,10 @@ def slow_files(found: dict[str, dict[str, Any]]) -> Iterator[str]:
             if slower > 1:
                 line = f"{network}: int8 makes the pruned network slower"
                 lost.setdefault(line, []).append(f"{slower:.2f}x ({where})")
-            if PEER in one["latency_ms"] and speedup(one, PEER, "pruned") > 1:
-                line = f"{network}: what Torch-Pruning leaves is faster"
-                lost.setdefault(line, []).append(f"{speedup(one, PEER, 'pruned'):.2f}x ({where})")
+            for kind in peers_of(one).values():
+                if (faster := speedup(one, kind, "pruned")) > 1:
+                    line = f"{network}: {kind}, at {fewer_macs(one, kind):.2f}x fewer MACs, is faster"
+                    lost.setdefault(line, []).append(f"{faster:.2f}x ({where})")
             if one["noisy"]:
                 line = f"{network}: the machine was noisy, the dense file against itself was off by over 5 %"
                 lost.setdefault(line, []).append(where)
