@@ -144,10 +144,9 @@ def _latency(timed: Mapping[str, Sequence[Any]]) -> Any:
                     markerfacecolor=fill, label=one["network"] + label,
                 )  # fmt: skip
             for round_to, kind in peers_of(one).items():
-                axes.plot(
-                    [fewer_macs(one, kind)], [speedup(one, kind, "dense")], "^" if round_to == 8 else "v",
-                    color=color,
-                )  # fmt: skip
+                mark = "^" if round_to == 8 else "v"
+                axes.plot([fewer_macs(one, kind)], [speedup(one, kind, "dense")], mark, color=color)
+                ends.append(fewer_macs(one, kind))
             ends.append(fewer)
         axes.plot([1, max(ends) * 1.05], [1, max(ends) * 1.05], color="#bbbbbb", linewidth=0.8)
     known = {}
