@@ -85,17 +85,19 @@ def give_back(steps: Sequence[Step], fits: Callable[[Kept], bool]) -> dict[str, 
     chains: dict[str, list[Tensor]] = {}
     for step in steps:
         chains.setdefault(step.group, []).append(step.kept)
-    kept = kept_after(steps, len(steps))
-    for group in dict.fromkeys(step.group for step in reversed(steps)):
-        chain = chains[group]
-        while chain:
-            wider = {name: stay for name, stay in kept.items() if name != group}
-            if len(chain) > 1:
-                wider[group] = chain[-2]
-            if not fits(wider):
-                break
+    kept, needed = kept_after(steps, len(steps)), set[str]()
+    # Step by step, not group by group: one group would get all that is left over, and keep its full width.
+    for step in reversed(steps):
+        if step.group in needed:
+            continue
+        wider = {name: stay for name, stay in kept.items() if name != step.group}
+        if len(chain := chains[step.group]) > 1:
+            wider[step.group] = chain[-2]
+        if fits(wider):
             kept = wider
             chain.pop()
+        else:
+            needed.add(step.group)
     return kept
 
 

@@ -200,6 +200,25 @@ def test_search_finds_the_shortest_prefix_and_nothing_can_be_given_back(sizes, s
             assert cost({**kept, str(i): torch.arange(now + 1)}) > allowed
 
 
+def test_what_a_large_last_step_leaves_over_goes_to_all_groups_alike_and_not_to_one():
+    # Three groups that lose the same share, and one whose only step, the last, takes more than was missing.
+    shrinking = [
+        Step(share, name, torch.arange(width))
+        for share, width in ((0.2, 4), (0.4, 3), (0.6, 2))
+        for name in ("first", "second", "third")
+    ]
+    steps = [*shrinking, Step(0.7, "large", torch.arange(1))]
+
+    def cost(kept):
+        small = sum(len(kept.get(name, range(5))) for name in ("first", "second", "third"))
+        return small + 10 * len(kept.get("large", range(2)))
+
+    kept = give_back(steps, lambda kept: cost(kept) <= 19)
+    assert {name: len(stay) for name, stay in kept.items()} == {
+        "first": 3, "second": 3, "third": 3, "large": 1
+    }  # fmt: skip
+
+
 @given(
     sizes=st.lists(st.integers(2, 9), min_size=1, max_size=4),
     share=st.floats(0.3, 1.0),
