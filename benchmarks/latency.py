@@ -40,6 +40,7 @@ from common import PACKAGES, RESULTS, doubts, environment, option, table, write,
 from lightning_prune import Budget, EdgeExport, Profile, Schedule, StructuralPruning, export
 from lightning_prune.deploy.profile import profile_files
 from lightning_prune.report.results import Report
+from lightning_prune.structure.budget import AUTO
 from measured import PEER
 from peers import PeerError, torch_pruning
 
@@ -53,21 +54,19 @@ class Case:
         shape: Of its input.
         budgets: Fractions of the MACs that may remain.
         options: Arguments of StructuralPruning: the widths that the runtime likes best here.
-        by_hand: Torch-Pruning's widths are multiples of it, besides those that are multiples of 8.
     """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     budgets: tuple[float, ...] = (0.5,)
     options: dict[str, Any] = field(default_factory=lambda: {"scope": "layer"})
-    by_hand: int = 16
 
 
-WIDE: dict[str, Any] = {"options": {"scope": "layer", "round_to": 32}, "by_hand": 32}
+WIDE = {"scope": "layer", "round_to": 32}
 NETWORKS = {
-    "resnet18": Case(lambda: networks.resnet(18), (3, 224, 224), **WIDE),
-    "resnet50": Case(lambda: networks.resnet(50), (3, 224, 224), **WIDE),
-    "mobilenet_v2": Case(networks.mobilenet_v2, (3, 224, 224), (0.66, 0.5), **WIDE),
+    "resnet18": Case(lambda: networks.resnet(18), (3, 224, 224), options=WIDE),
+    "resnet50": Case(lambda: networks.resnet(50), (3, 224, 224), options=WIDE),
+    "mobilenet_v2": Case(networks.mobilenet_v2, (3, 224, 224), (0.66, 0.5), WIDE),
     "resnet56_cifar": Case(lambda: networks.CifarResNet(56), (3, 32, 32)),
     "resnet8_tiny": Case(networks.TinyResNet8, (3, 32, 32)),
     "dscnn_keywords": Case(networks.TinyKeywords, (1, 49, 10)),
@@ -128,7 +127,8 @@ def export_all(case: Case, macs: float, folder: Path, options: dict[str, Any]) -
     )  # fmt: skip
     trainer.fit(module, loader, loader)
     files |= files_of("pruned", last.report)
-    for round_to in (8, case.by_hand):
+    # By hand: as ours, or where ours chooses, the widest that it chooses from.
+    for round_to in (8, case.options.get("round_to", AUTO[0])):
         kind, peer = f"{PEER}-{round_to}", Timed(copy.deepcopy(dense))
         ends = [layer for layer in peer.modules() if isinstance(layer, nn.Linear)][-1:]
         try:
