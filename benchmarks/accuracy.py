@@ -18,15 +18,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
-import json
 import logging
-import re
-import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +32,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 
 import peers
-from common import PACKAGES, RESULTS, environment, option, replace_text, table, write, write_json
+from accuracy_table import summarize
+from common import PACKAGES, RESULTS, environment, option, replace_text, write_json
 from data import add_data_root
-from learning import Recipe, Teacher
+from learning import Teacher
 from lightning_prune import Budget, EdgeExport, MagnitudePruning, Schedule, StructuralPruning, export
 from lightning_prune.cost import count_macs
 from tasks import TASKS, Task, TaskData
@@ -53,7 +50,6 @@ METHODS = (
     "ModelPruning",
     "small",
 )
-SCORES = {"val_acc": "Accuracy", "val_map": "Mean average precision"}
 # Channels go in the first part of the training, zeros come after them, and the rest is for recovery.
 UNTIL = 0.4
 ZEROS_UNTIL = 0.6
@@ -271,88 +267,6 @@ def run_name(method: str, seed: int, arguments: argparse.Namespace) -> str:
     return "_".join([*parts, f"seed{seed}"])
 
 
-def title_of(name: str) -> str:
-    """Write a run's name for a table; the names of options have underscores themselves.
-
-    Example:
-        >>> title_of("structural_macs0.5_round_to-4_importance-bn_scale_lr-0.1_40epochs")
-        'structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs'
-    """
-    keys = {*inspect.signature(StructuralPruning).parameters, "until"}
-    keys |= {"criterion", "zeros_scope", "zeros_until", "zeros_every"}
-    keys |= {field.name for field in fields(Recipe)}
-    starts = "|".join(sorted(f"{key}-" for key in keys))
-    parts = re.split(rf"_(?={starts}|macs[\d.]|zeros[\d.]|\w+epochs$)", name)
-    return ", ".join(re.sub(rf"^({starts})", lambda key: key[0][:-1] + "=", part) for part in parts)
-
-
-def summarize(name: str, arguments: argparse.Namespace) -> None:
-    """Make the table of all finished runs."""
-    kind = "choose" if arguments.choose else "final"
-    found: dict[str, list[dict[str, Any]]] = {}
-    failed: dict[str, str] = {}
-    for folder in sorted(folder_of(name, arguments).glob(f"*_{kind}*_seed*")):
-        title = title_of(folder.name.rpartition("_seed")[0].replace(f"_{kind}", ""))
-        if (done := folder / "result.json").exists():
-            found.setdefault(title, []).append(json.loads(done.read_text(encoding="utf-8")))
-        elif (why := folder / "failed.txt").exists():
-            failed[title] = why.read_text(encoding="utf-8")
-    if arguments.add:
-        found, failed = beside(name, found, failed)
-    dense = found.get("dense", [None])[0]
-    rows = []
-    for title, runs in found.items():
-        row: list[object] = [title, len(runs), runs[0]["epochs"]]
-        for form in ("float", "int8"):
-            values = [100 * r[form]["score"] for r in runs]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            row.append(f"{statistics.mean(values):.2f}{spread}")
-        one = runs[0]["float"]
-        row.append(f"{dense['float']['macs'] / one['macs']:.2f}x" if dense else one["macs"])
-        row.append(f"{1 - one['nonzero'] / one['parameters']:.1%}")
-        row.append(f"{runs[0]['int8']['bytes']:,}")
-        row.append(f"{runs[0]['int8']['compressed_bytes']:,}")
-        row.append(" and ".join(sorted({r["precision"] for r in runs})))
-        rows.append(row)
-    head = ["method", "seeds", "epochs", "float, %", "int8, %", "fewer MACs", "zeros"]
-    head += ["int8 file, bytes", "gzipped, bytes", "trained in"]
-    task = TASKS[name]
-    config: dict[str, Any] = {"task": name, "choose": arguments.choose}
-    if failed:
-        config["failed"] = failed
-    where = "the held-out part of the training set" if arguments.choose else "the test set"
-    title = f"{task.title}. {SCORES[task.metric]} on {where}, of the last epoch, on the ONNX files."
-    about = environment(torch.get_num_threads(), (*PACKAGES, "torch-pruning"))
-    text = [title, "", *table(head, rows)]
-    text += [line for failure in failed.items() for line in ("", "Failed: {}: {}.".format(*failure))]
-    text += ["", "Where runs were made, but for dates and loads (each run's own are with its raw numbers):"]
-    text += [line for place in places(found) for line in ("", place)]
-    folder = arguments.work if arguments.choose else RESULTS
-    write(f"accuracy_{name}", config, found, text, about=about, folder=folder)
-
-
-def beside(
-    name: str, found: dict[str, list[dict[str, Any]]], failed: dict[str, str]
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Add what the table has already, but for what was run again."""
-    path = RESULTS / f"accuracy_{name}.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"config": {}, "results": {}}
-    both = {title: list(runs) for title, runs in found.items()}
-    for title, runs in before["results"].items():
-        again = {run["seed"] for run in found.get(title, [])}
-        both.setdefault(title, []).extend(run for run in runs if run["seed"] not in again)
-        both[title].sort(key=lambda run: int(run["seed"]))
-    why = before["config"].get("failed", {}) | failed
-    return dict(sorted(both.items())), {title: text for title, text in why.items() if title not in both}
-
-
-def places(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """List the machines and versions that runs were made with."""
-    each = [run["environment"] for runs in found.values() for run in runs]
-    told = [{key: value for key, value in one.items() if key not in ("date", "load")} for one in each]
-    return list(dict.fromkeys(json.dumps(one) for one in told))
-
-
 def main() -> None:
     """Run what is asked."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -394,7 +308,9 @@ def main() -> None:
                 write_json(folder / "result.json", run(arguments.task, method, seed, arguments))
             except peers.PeerError as error:
                 replace_text(folder / "failed.txt", str(error))
-    summarize(arguments.task, arguments)
+    into = arguments.work if arguments.choose else RESULTS
+    folder = folder_of(arguments.task, arguments)
+    summarize(arguments.task, folder, into, choose=arguments.choose, add=arguments.add)
 
 
 if __name__ == "__main__":

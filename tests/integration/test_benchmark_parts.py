@@ -31,7 +31,7 @@ def parts() -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(
         **{
             name: importlib.import_module(name)
-            for name in ("data", "detection", "accuracy", "learning", "networks", "tasks")
+            for name in ("data", "detection", "accuracy", "accuracy_table", "learning", "networks", "tasks")
         }
     )
     sys.path.remove(str(BENCHMARKS))
@@ -168,7 +168,7 @@ def test_the_detector_has_an_output_for_every_anchor(parts: SimpleNamespace) -> 
 def test_names_of_runs_read_as_their_options(parts: SimpleNamespace) -> None:
     name = "structural_macs0.5_round_to-4_importance-bn_scale_lr-0.1_40epochs"
     expected = "structural, macs0.5, round_to=4, importance=bn_scale, lr=0.1, 40epochs"
-    assert parts.accuracy.title_of(name) == expected
+    assert parts.accuracy_table.title_of(name) == expected
 
 
 def test_a_file_that_lost_its_zeros_is_refused_and_one_with_biases_is_not(parts: SimpleNamespace) -> None:
