@@ -8,6 +8,7 @@ and the same files run on a device. Events go to stdout, one JSON object a line;
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import random
@@ -29,6 +30,9 @@ Run = Callable[[Feeds], object]
 WARMUP_SECONDS, WARMUP_RUNS, WARMUP_LIMIT, WARMUP_TOLERANCE = 0.5, 10, 10.0, 0.02
 # A thousand rounds of a small file pass within one burst of another program's load: time for longer.
 LEAST_SECONDS, MOST_ROUNDS = 2.0, 10
+# Where a file comes to lie in memory makes it up to a fifth slower or faster for as long as it is open, and
+# those opened first tend to be slow. Opening all anew takes at most this share of the time.
+OPENINGS, OPENING_SHARE, RUNS_AFTER_OPENING = 5, 0.25, 5
 
 
 def emit(**event: object) -> None:
@@ -172,32 +176,66 @@ def warm_up(run: Run, feeds: Feeds, limit: float) -> dict[str, Any]:
             return {"runs": runs, "seconds": round(elapsed, 3), "settled": settled}
 
 
-def time_rounds(ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], end: float) -> dict[str, Any]:
+def open_again(ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], order: list[str]) -> None:
+    """Open all files anew in this order, so that each comes to lie elsewhere in memory."""
+    paths, given = dict(job["entries"]), given_inputs(job)
+    ready.clear()
+    gc.collect()
+    for key in order:
+        emit(event="start", key=key)
+        run, feeds, _session = open_ready(paths[key], job, given)
+        ready[key] = (run, feeds)
+        for _ in range(RUNS_AFTER_OPENING):
+            run(feeds)
+    emit(event="start", key=None)
+
+
+def time_one(entry: tuple[Run, Feeds], before: list[int]) -> int:
+    """Time one run, see `timed_run`; nothing keeps the file open for longer."""
+    run, feeds = entry
+    return timed_run(partial(run, feeds), before)
+
+
+def time_rounds(
+    ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], end: float, cost: float
+) -> dict[str, Any]:
     """Time every entry once a round, in an order shuffled each round, with its own weights in the caches.
 
-    It ends after the job's rounds and two seconds, or ten times the rounds, or when the time is up.
+    It ends after the job's rounds and two seconds, or ten times the rounds, or when the time is up. In equal
+    parts of it all files are opened anew, as often as the seconds that this takes, `cost`, allow.
     """
     order, shuffler = list(ready), random.Random(0)
-    times: dict[str, list[int]] = {key: [] for key in ready}
-    cpu, wall, told = time.process_time(), time.perf_counter(), 0.0
-    gc.disable()
-    for index in range(job["rounds"] * MOST_ROUNDS):
-        shuffler.shuffle(order)
-        for key in order:
-            run, feeds = ready[key]
-            times[key].append(timed_run(partial(run, feeds), times[key]))
-        now = time.perf_counter()
-        if now >= end or (index + 1 >= job["rounds"] and now - wall >= LEAST_SECONDS):
-            break
-        if now - told > 0.25:
-            gc.collect(0)
-            done = min((index + 1) / job["rounds"], (now - wall) / LEAST_SECONDS)
-            done = max(done, (now - wall) / max(end - wall, 1e-9))
-            emit(event="progress", stage="latency", fraction=min(done, 1.0))
-            told = now
-    gc.enable()
-    spent = time.perf_counter() - wall
-    return {"times_ns": times, "seconds": spent, "cpu_seconds": time.process_time() - cpu}
+    times: dict[str, list[int]] = {key: [] for key, _ in job["entries"] if key in ready}
+    left = end - time.perf_counter()
+    openings = max(1, min(OPENINGS, job["rounds"], 1 + int(OPENING_SHARE * left / cost)))
+    rounds, cpu, wall, told = 0, 0.0, 0.0, 0.0
+    for part in range(1, openings + 1):
+        if part > 1:
+            shuffler.shuffle(order)
+            open_again(ready, job, order)
+        busy, start = time.process_time(), time.perf_counter()
+        until = start + (end - start - cost * (openings - part)) / (openings - part + 1)
+        gc.disable()
+        while rounds < job["rounds"] * MOST_ROUNDS * part / openings:
+            shuffler.shuffle(order)
+            for key in order:
+                times[key].append(time_one(ready[key], times[key]))
+            rounds += 1
+            now = time.perf_counter()
+            spent = wall + now - start
+            enough = rounds >= job["rounds"] * part / openings and spent >= LEAST_SECONDS * part / openings
+            if now >= until or enough:
+                break
+            if now - told > 0.25:
+                gc.collect(0)
+                done = min(rounds / job["rounds"], spent / LEAST_SECONDS)
+                done = max(done, 1 - (end - now) / left)
+                emit(event="progress", stage="latency", fraction=min(max(done, 0.0), 1.0))
+                told = now
+        gc.enable()
+        wall += time.perf_counter() - start
+        cpu += time.process_time() - busy
+    return {"times_ns": times, "seconds": wall, "cpu_seconds": cpu, "openings": openings}
 
 
 def latency(job: dict[str, Any]) -> dict[str, Any]:
@@ -205,24 +243,30 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     pinned = pin(job["threads"])
     given = given_inputs(job)
+    with contextlib.suppress(Exception):  # it is told below, of each file
+        import_module(job["engine"])
     ready: dict[str, tuple[Run, Feeds]] = {}
     failed: dict[str, str] = {}
     warm: dict[str, Any] = {}
     limit = min(WARMUP_LIMIT, max(WARMUP_SECONDS, job["seconds"] * 0.4 / len(job["entries"])))
-    for number, (key, path) in enumerate(job["entries"]):
+    cost = 0.0
+    for number, (key, path) in enumerate(random.Random(0).sample(job["entries"], len(job["entries"]))):
         emit(event="start", key=key)
         emit(event="progress", stage="warm-up", fraction=number / len(job["entries"]))
+        start = time.perf_counter()
         try:
-            run, feeds, _ = open_ready(path, job, given)
-            warm[key] = warm_up(run, feeds, limit)
-            ready[key] = (run, feeds)
+            ready[key] = open_ready(path, job, given)[:2]
+            cost += time.perf_counter() - start
+            warm[key] = warm_up(*ready[key], limit)
         except Exception as error:  # noqa: BLE001 - whatever a runtime raises is the reason to report
+            ready.pop(key, None)
             failed[key] = f"{type(error).__name__}: {error}"
     emit(event="start", key=None)
     load = load_average()
     # Opening and warming up large files may have used up the time; some is for measuring in any case.
     end = max(began + job["seconds"], time.perf_counter() + 0.4 * job["seconds"])
-    timed = time_rounds(ready, job, end) if ready else {"times_ns": {}, "seconds": 0.0, "cpu_seconds": 0.0}
+    nothing = {"times_ns": {}, "seconds": 0.0, "cpu_seconds": 0.0, "openings": 0}
+    timed = time_rounds(ready, job, end, cost) if ready else nothing
     return {**timed, "failed": failed, "warmup": warm, "pinned": pinned, "load": [load, load_average()]}
 
 

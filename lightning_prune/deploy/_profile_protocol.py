@@ -46,6 +46,7 @@ def describe_protocol(
         "again": again,
         "noisy": is_noisy(again),
         "settle_runs": SETTLE_RUNS,
+        "openings": timed["openings"],
         "pinned": timed["pinned"],
         "cpu_share": round(timed["cpu_seconds"] / (seconds * config.threads), 3) if seconds else None,
         "load_average": timed["load"],
@@ -64,6 +65,11 @@ def trust_warnings(config: Profile, protocol: dict[str, Any], failed: dict[str, 
             f"The machine was noisy: {protocol['baseline']} against itself came out at {again['value']:.2f}x "
             f"(95 % interval {again['low']:.2f} to {again['high']:.2f}). "
             "Do not trust speed-ups that are not clearly larger, and measure again on a quiet machine."
+        )
+    if protocol["openings"] == 1 and config.rounds > 1:
+        found.append(
+            "The files were opened only once, for lack of time: where each came to lie in memory can change "
+            "its time by a tenth. Raise Profile(max_seconds=...)."
         )
     if protocol["rounds"] < min(RUNS_FOR_P90, config.rounds):
         found.append(

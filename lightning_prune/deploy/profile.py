@@ -1,9 +1,10 @@
 """How long ONNX files take, measured so that a busy machine cannot fool the reader.
 
 All files are timed in one child process, pinned, warmed up, interleaved in an order shuffled each round,
-each after runs of its own that bring its weights back into the caches; the first of them is timed against a
-second copy of itself, which shows how far to trust the rest. Peak memory, time by operator and energy come
-from further fresh processes, so that they disturb nothing.
+each after runs of its own that bring its weights back into the caches. All are opened anew some times, for
+where a file lies in memory counts too. The baseline is timed against a second copy of itself, which shows
+how far to trust the rest. Peak memory, time by operator and energy come from further fresh processes, so
+that they disturb nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Profile:
         threads: Threads of the runtime; the process is pinned to as many cores.
         batch: Samples in one run.
         rounds: Rounds to time, if the time allows: 100 give a p90, 1,000 a p99. Small files are timed in up
-            to ten times as many, to fill two seconds.
+            to ten times as many, to fill two seconds. In up to five parts, each with all files opened anew.
         max_seconds: About how long the whole profile may take. What does not fit is left out and says so:
             first the peak, then the time by operator.
         operators: Whether to add up the time by operator, in a run of its own.

@@ -87,6 +87,8 @@ def profile_sentence(report: Report) -> str:
         f"{profile.get('inputs', 'random')} inputs",
         f"{profile['rounds']:,} interleaved rounds",
     ]
+    if profile.get("openings", 1) > 1:
+        parts.append(f"all files opened {profile['openings']} times")
     cores = (profile.get("pinned") or {}).get("cores")
     if cores:
         parts.append(f"pinned to core {_listed(cores)}")

@@ -12,6 +12,7 @@ import pytest
 from jsonargparse import ArgumentParser
 from onnx_files import conv_file, embedding_file, text_file
 
+from lightning_prune.deploy import _profile_child
 from lightning_prune.deploy._profile_protocol import baseline_of, trust_warnings
 from lightning_prune.deploy._profile_run import ChildError, Job, run_child
 from lightning_prune.deploy.profile import Profile, profile_files
@@ -64,6 +65,7 @@ def test_profile_measures_files_side_by_side(files):
     assert result.protocol["baseline"] == "dense"
     assert result.protocol["again"]["low"] < result.protocol["again"]["high"]
     assert result.protocol["rounds"] == dense.latency_ms["runs"]
+    assert result.protocol["openings"] == 5
     for warm in result.protocol["warm_up"].values():
         assert warm["seconds"] >= 0.5
         assert warm["runs"] >= 10
@@ -72,6 +74,37 @@ def test_profile_measures_files_side_by_side(files):
     peak = result.protocol["peak_gmacs"]
     assert (peak["float32"] is None) == (peak["reason"] is not None)
     assert children() == []
+
+
+def test_files_are_opened_anew_in_other_orders_while_they_are_timed(monkeypatch, tmp_path):
+    opened, entries = [], [(name, f"{name}.onnx") for name in "abcd"]
+
+    def open_ready(path, job, given, trace=None):
+        opened.append(path[0])
+        return (lambda feeds: time.sleep(1e-4)), {}, None
+
+    monkeypatch.setattr(_profile_child, "open_ready", open_ready)
+    monkeypatch.setattr(_profile_child, "given_inputs", lambda job: {})
+    ready = {name: open_ready(path, None, None)[:2] for name, path in entries}
+    job = {"entries": entries, "rounds": 20}
+    timed = _profile_child.time_rounds(ready, job, time.perf_counter() + 20, cost=0.01)
+    orders = ["".join(opened[first : first + 4]) for first in range(0, len(opened), 4)]
+    assert timed["openings"] == len(orders) == 5
+    assert all(sorted(order) == list("abcd") for order in orders)
+    assert len(set(orders)) > 1
+    assert {len(times) for times in timed["times_ns"].values()} == {200}
+    assert list(timed["times_ns"]) == list("abcd")
+
+
+def test_files_that_take_long_to_open_are_opened_less_often(monkeypatch):
+    monkeypatch.setattr(_profile_child, "open_again", lambda *_: None)
+    ready = {"a": ((lambda feeds: time.sleep(1e-4)), {})}
+    job = {"entries": [("a", "a.onnx")], "rounds": 20}
+    openings = {
+        cost: _profile_child.time_rounds(ready, job, time.perf_counter() + 1, cost)["openings"]
+        for cost in (5.0, 0.1, 1e-3)
+    }
+    assert openings == {5.0: 1, 0.1: 3, 1e-3: 5}
 
 
 def test_few_rounds_give_no_percentile_and_say_so(files):
@@ -186,15 +219,17 @@ def test_file_that_kills_the_process_is_missing_and_the_rest_is_measured(files):
     killed = []
 
     def kill_once(stage, fraction):
-        if stage == "warm-up" and not killed:  # the first entry, "pruned", is being opened
+        if stage == "warm-up" and not killed:  # the first entry is being opened
             killed.extend(children())
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
     result = profile_files(files, QUICK, progress=kill_once)
     assert len(killed) == 1
-    assert "killed by SIGKILL" in result.files["pruned"].missing["latency_ms"]
-    assert result.files["dense"].latency_ms["runs"] >= 30
+    (lost,) = [file for file in result.files.values() if file.latency_ms is None]
+    assert "killed by SIGKILL" in lost.missing["latency_ms"]
+    (kept,) = [file for file in result.files.values() if file.latency_ms]
+    assert kept.latency_ms["runs"] >= 30
 
 
 def test_process_killed_while_timing_is_an_error_that_says_so(tmp_path):
@@ -288,7 +323,7 @@ def test_energy_is_a_sensors_or_missing_with_the_reason(files):
 
 QUIET = {
     "again": {"value": 1.0, "low": 0.99, "high": 1.01}, "noisy": False, "baseline": "dense", "rounds": 1000,
-    "cpu_share": 0.99, "warm_up": {"dense": {"settled": True}}, "pinned": {"reason": None},
+    "openings": 5, "cpu_share": 0.99, "warm_up": {"dense": {"settled": True}}, "pinned": {"reason": None},
 }  # fmt: skip
 
 
@@ -303,6 +338,7 @@ QUIET = {
         ({"again": None, "noisy": True}, "noise of the machine is unknown"),
         ({"cpu_share": 0.5}, "the timing had 50% of its core"),
         ({"rounds": 40}, "Only 40 rounds fitted"),
+        ({"openings": 1}, "opened only once"),
         ({"warm_up": {"dense": {"settled": False}}}, "times of dense had not settled"),
         ({"pinned": {"reason": "no such call"}}, "not pinned as asked: no such call"),
     ],
