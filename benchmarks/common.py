@@ -63,8 +63,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 def doubts(timed: Mapping[str, Any]) -> list[str]:
     """Say what speaks against a measurement of latency."""
-    cold = "settle_runs" not in timed.get("protocol", {})
-    return [*["noisy"] * timed["noisy"], *["cold caches"] * cold]
+    protocol = timed.get("protocol", {})
+    cold, once = "settle_runs" not in protocol, protocol.get("openings", 1) == 1
+    return [*["noisy"] * timed["noisy"], *["cold caches"] * cold, *["opened once"] * once]
 
 
 def write_json(path: Path, value: object) -> None:

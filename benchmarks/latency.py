@@ -76,7 +76,9 @@ NOTE = (
     "Weights are random, and every layer loses the same share: a trained network, whose layers can bear "
     "different shares, is free to lose more where nothing is saved. Noisy: the dense file against itself was "
     "off by more than 5 %. Cold caches: each run came right after one of another file, whose weights filled "
-    "them; else some untimed runs came before it. torch-pruning: what it leaves, with the round_to that "
+    "them; else some untimed runs came before it. Opened once: a file is slower or faster for where it lies "
+    "in memory, the dense one, opened first, rather slower; else all were opened five times. torch-pruning: "
+    "what it leaves, with the round_to that "
     "the number says; a file that is not there could not be made."
 )
 
