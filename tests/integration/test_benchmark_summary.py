@@ -186,7 +186,14 @@ def test_speed_stands_beside_that_of_the_peer_where_it_was_timed(page: str) -> N
     table = page.partition("## Beside what")[2].partition("## ")[0]
     (resnet18,) = rows_with(table, "resnet18")
     ours, peers = ["1.67x", "6.67x"], [["1.82x", "cannot"], ["5.00x", "cannot"]]
-    assert resnet18[3:] == ["2.00x", ours[0], *peers[0], ours[1], *peers[1], "noisy, cold caches, opened once"]
+    assert resnet18[3:] == [
+        "2.00x",
+        ours[0],
+        *peers[0],
+        ours[1],
+        *peers[1],
+        "noisy, cold caches, opened once",
+    ]
     (resnet56,) = rows_with(table, "resnet56_cifar")
     assert resnet56[4:10] == ["1.67x", "1.82x", "2.00x, at 2.50x", "6.67x", "5.00x", "8.00x, at 2.50x"]
     assert len(rows_with(table, "resnet8_tiny")) == 0
