@@ -68,6 +68,24 @@ def run(folder, *arguments, env=None):
     return done.returncode, json.loads(done.stdout)
 
 
+def test_files_are_opened_anew_in_other_orders_while_they_are_timed():
+    opened = []
+
+    class Session:
+        def run(self, outputs, inputs):
+            pass
+
+    def opening(name):
+        return lambda: opened.append(name) or Session()
+
+    times = bundle_runner.time_all({name: opening(name) for name in "abcd"}, {}, rounds=20, seconds=20)
+    orders = ["".join(opened[first : first + 4]) for first in range(0, len(opened), 4)]
+    assert len(orders) == bundle_runner.OPENINGS
+    assert all(sorted(order) == list("abcd") for order in orders)
+    assert len(set(orders)) > 1
+    assert {name: len(measured) for name, measured in times.items()} == dict.fromkeys("abcd", 20)
+
+
 def test_the_manifest_sums_up_what_runs_and_the_reports_may_change(bundle):
     manifest = json.loads((bundle / MANIFEST).read_text())
     assert sorted(manifest["files"]) == ["dense.int8.onnx", "dense.onnx", "run.py", "samples.npz"]
