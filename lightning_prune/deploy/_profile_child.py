@@ -176,9 +176,11 @@ def warm_up(run: Run, feeds: Feeds, limit: float) -> dict[str, Any]:
             return {"runs": runs, "seconds": round(elapsed, 3), "settled": settled}
 
 
-def open_again(ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], order: list[str]) -> None:
+def open_again(
+    ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], given: dict[str, Any], order: list[str]
+) -> None:
     """Open all files anew in this order, so that each comes to lie elsewhere in memory."""
-    paths, given = dict(job["entries"]), given_inputs(job)
+    paths = dict(job["entries"])
     ready.clear()
     gc.collect()
     for key in order:
@@ -197,7 +199,7 @@ def time_one(entry: tuple[Run, Feeds], before: list[int]) -> int:
 
 
 def time_rounds(
-    ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], end: float, cost: float
+    ready: dict[str, tuple[Run, Feeds]], job: dict[str, Any], given: dict[str, Any], end: float, cost: float
 ) -> dict[str, Any]:
     """Time every entry once a round, in an order shuffled each round, with its own weights in the caches.
 
@@ -212,7 +214,7 @@ def time_rounds(
     for part in range(1, openings + 1):
         if part > 1:
             shuffler.shuffle(order)
-            open_again(ready, job, order)
+            open_again(ready, job, given, order)
         busy, start = time.process_time(), time.perf_counter()
         until = start + (end - start - cost * (openings - part)) / (openings - part + 1)
         gc.disable()
@@ -243,7 +245,7 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     pinned = pin(job["threads"])
     given = given_inputs(job)
-    with contextlib.suppress(Exception):  # it is told below, of each file
+    with contextlib.suppress(ImportError):  # it is told below, of each file
         import_module(job["engine"])
     ready: dict[str, tuple[Run, Feeds]] = {}
     failed: dict[str, str] = {}
@@ -266,7 +268,7 @@ def latency(job: dict[str, Any]) -> dict[str, Any]:
     # Opening and warming up large files may have used up the time; some is for measuring in any case.
     end = max(began + job["seconds"], time.perf_counter() + 0.4 * job["seconds"])
     nothing = {"times_ns": {}, "seconds": 0.0, "cpu_seconds": 0.0, "openings": 0}
-    timed = time_rounds(ready, job, end, cost) if ready else nothing
+    timed = time_rounds(ready, job, given, end, cost) if ready else nothing
     return {**timed, "failed": failed, "warmup": warm, "pinned": pinned, "load": [load, load_average()]}
 
 

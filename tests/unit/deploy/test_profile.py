@@ -84,10 +84,9 @@ def test_files_are_opened_anew_in_other_orders_while_they_are_timed(monkeypatch,
         return (lambda feeds: time.sleep(1e-4)), {}, None
 
     monkeypatch.setattr(_profile_child, "open_ready", open_ready)
-    monkeypatch.setattr(_profile_child, "given_inputs", lambda job: {})
     ready = {name: open_ready(path, None, None)[:2] for name, path in entries}
     job = {"entries": entries, "rounds": 20}
-    timed = _profile_child.time_rounds(ready, job, time.perf_counter() + 20, cost=0.01)
+    timed = _profile_child.time_rounds(ready, job, {}, time.perf_counter() + 20, cost=0.01)
     orders = ["".join(opened[first : first + 4]) for first in range(0, len(opened), 4)]
     assert timed["openings"] == len(orders) == 5
     assert all(sorted(order) == list("abcd") for order in orders)
@@ -101,7 +100,7 @@ def test_files_that_take_long_to_open_are_opened_less_often(monkeypatch):
     ready = {"a": ((lambda feeds: time.sleep(1e-4)), {})}
     job = {"entries": [("a", "a.onnx")], "rounds": 20}
     openings = {
-        cost: _profile_child.time_rounds(ready, job, time.perf_counter() + 20, cost)["openings"]
+        cost: _profile_child.time_rounds(ready, job, {}, time.perf_counter() + 20, cost)["openings"]
         for cost in (50.0, 2.0, 1e-3)
     }
     assert openings == {50.0: 1, 2.0: 3, 1e-3: 5}
