@@ -117,9 +117,17 @@ def first(everything: list[Runs]) -> list[Runs]:
     return [one for one in everything if one.rank == highest[one.method, one.budget]]
 
 
+def as_long(everything: list[Runs], one: Runs) -> list[Runs]:
+    """Find the dense network trained on for as long as a method took, else what stands for it."""
+    tuned = [other for other in everything if other.method == "tuned"]
+    return first([other for other in tuned if other.epochs == one.epochs]) or first(tuned)
+
+
 def shown(everything: list[Runs]) -> list[Runs]:
     """Leave what stands for its method and budget, and what was trained as long as another method's."""
-    lengths = {(one.budget, one.epochs) for one in first(everything)}
+    standing = first(everything)
+    lengths = {(one.budget, one.epochs) for one in standing}
+    lengths |= {(other.budget, other.epochs) for one in standing for other in as_long(everything, one)}
     return [one for one in everything if (one.budget, one.epochs) in lengths]
 
 

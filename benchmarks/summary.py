@@ -23,6 +23,7 @@ from measured import (
     ZEROS,
     Runs,
     about_the_same,
+    as_long,
     by_place,
     fewer_macs,
     first,
@@ -88,7 +89,8 @@ def peers_table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Lay out, for each task and budget, how much accuracy ours takes and what one would use instead."""
     rows: dict[tuple[str, ...], None] = {}
     for task in ACCURACY:
-        everything = first(runs_of(found, task))
+        measured = runs_of(found, task)
+        everything = first(measured)
         failed = found.get(f"accuracy_{task}", {}).get("config", {}).get("failed", {})
         for methods in (("structural", "torch-pruning", "small"), ("magnitude", "ModelPruning")):
             for one in (one for one in everything if one.method == methods[0]):
@@ -97,13 +99,14 @@ def peers_table(found: dict[str, dict[str, Any]]) -> list[str]:
                 if one.method == "magnitude":
                     less = f"{float(one.budget[0].removeprefix('zeros')):.0%} zeros"
                     cells.append("")
-                rows[(task, less, *cells, change(everything, failed, "tuned", None))] = None
+                dense = "; ".join(change_of(tuned) for tuned in as_long(measured, one))
+                rows[(task, less, *cells, dense)] = None
     head = ["task", "smaller by", "lightning-prune", "Torch-Pruning; for zeros, ModelPruning"]
     head += ["a small network from scratch", "the dense network, trained on"]
     return table(head, rows) if rows else ["Not measured yet."]
 
 
-def change(everything: list[Runs], failed: dict[str, str], method: str, beside: Runs | None) -> str:
+def change(everything: list[Runs], failed: dict[str, str], method: str, beside: Runs) -> str:
     """Write by how much a method changes the accuracy of a task, and in how many epochs.
 
     Args:
@@ -112,16 +115,21 @@ def change(everything: list[Runs], failed: dict[str, str], method: str, beside: 
         method: Whose.
         beside: What it is compared with: it has the same budget, but may keep to it less closely.
     """
-    budget = beside.budget if beside else ()
-    runs = [one for one in everything if (one.method, one.budget) == (method, budget)]
-    if not runs and any(title.split(", ")[: 1 + len(budget)] == [method, *budget] for title in failed):
+    key = [method, *beside.budget]
+    runs = [one for one in everything if [one.method, *one.budget] == key]
+    if not runs and any(title.split(", ")[: len(key)] == key for title in failed):
         return "cannot"
     texts = []
     for one in runs:
-        texts.append(f"{spread(one.changes('float'))}, {one.epochs} epochs")
-        if beside and not one.as_small_as(beside):
+        texts.append(change_of(one))
+        if not one.as_small_as(beside):
             texts[-1] += f", at {one.fewer:.2f}x"
     return "; ".join(texts)
+
+
+def change_of(one: Runs) -> str:
+    """Write by how much the accuracy changed, and in how many epochs."""
+    return f"{spread(one.changes('float'))}, {one.epochs} epochs"
 
 
 def accuracy_table(found: dict[str, dict[str, Any]]) -> list[str]:

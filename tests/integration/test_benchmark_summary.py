@@ -182,6 +182,29 @@ def test_each_budget_has_a_row_with_what_one_would_use_instead(page: str) -> Non
     assert resnet8[3:] == ["-7.00 (1 seed), 5 epochs", "cannot", ""]
 
 
+def test_the_dense_network_stands_beside_each_method_trained_for_as_long(tmp_path: Path) -> None:
+    folder = results(tmp_path / "results")
+    found = {
+        "dense": [run_of("dense", 0, 0.9, 0.9, 1000)],
+        "tuned, 7epochs": [run_of("tuned", 0, 0.92, 0.92, 1000)],
+        "tuned": [run_of("tuned", 0, 0.93, 0.93, 1000, epochs=9)],
+        "tuned, 8epochs": [run_of("tuned", 0, 0.94, 0.94, 1000, epochs=8)],
+    } | {
+        f"structural, macs{macs / 1000}": [run_of("structural", 0, 0.9, 0.9, macs, epochs=epochs)]
+        for macs, epochs in ((500, 7), (400, 9), (250, 5))
+    }  # fmt: skip
+    raw = {"environment": PLACE, "config": {}, "results": found}
+    (folder / "accuracy_speech.json").write_text(json.dumps(raw), encoding="utf-8")
+    page = page_of(folder)
+    assert [(row[1], row[-1]) for row in rows_with(page, "speech")] == [
+        ("2.00x fewer MACs", "+2.00 (1 seed), 7 epochs"),
+        ("2.50x fewer MACs", "+3.00 (1 seed), 9 epochs"),
+        ("4.00x fewer MACs", "+3.00 (1 seed), 9 epochs"),
+    ]
+    listed = [row[2] for row in rows_with(page, "[speech]") if row[1] == "tuned"]
+    assert sorted(listed) == ["7", "9"]
+
+
 def test_speed_stands_beside_that_of_the_peer_where_it_was_timed(page: str) -> None:
     table = page.partition("## Beside what")[2].partition("## ")[0]
     (resnet18,) = rows_with(table, "resnet18")
