@@ -23,7 +23,7 @@ NOTE = (
     "A quick run: few epochs, few rounds, one seed. It shows that everything works, not what can be reached."
 )
 QUICK = (
-    (DATA, "accuracy.py keywords --epochs 6 --methods dense tuned structural torch-pruning"),
+    (DATA, "accuracy.py keywords --epochs 4 --methods dense tuned structural torch-pruning"),
     (DATA, "accuracy.py motion_cnn --base 5 --epochs 5 --methods dense structural magnitude ModelPruning"),
     (WORK, "latency.py --networks dscnn_keywords resnet8_tiny resnet56_cifar --seconds 10"),
     (WORK, "latency.py --networks dscnn_keywords resnet8_tiny --seconds 10 --engine openvino"),
