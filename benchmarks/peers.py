@@ -7,16 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lightning_prune.cost import count_macs
+from lightning_prune.cost import count_macs, count_parameters
 
 
 class PeerError(Exception):
     """What is compared with cannot do it, which is a result too."""
-
-
-def size_of(network: nn.Module) -> int:
-    """Count the parameters."""
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @contextmanager
@@ -48,7 +43,7 @@ def torch_pruning(
     import torch_pruning as tp
 
     dense = count_macs(network, (example,))
-    before = size_of(network)
+    counted = count_parameters(network)
     with of_the_peer():
         pruner = tp.pruner.BasePruner(
             network, example, tp.importance.GroupMagnitudeImportance(), global_pruning=not alike,
@@ -59,9 +54,9 @@ def torch_pruning(
     for _ in range(400):
         with of_the_peer():
             pruner.step()
-        # With coarse widths most steps change nothing, and counting takes longer than a step.
-        unchanged, before = before == size_of(network), size_of(network)
-        if not unchanged and count_macs(network, (example,)) <= target * dense:
+        # With coarse widths most steps change nothing, and counting MACs takes longer than a step.
+        before, counted = counted, count_parameters(network)
+        if counted != before and count_macs(network, (example,)) <= target * dense:
             # It leaves the network in eval mode, in which Lightning would train it.
             return network.train()
     raise PeerError("it did not reach the budget")

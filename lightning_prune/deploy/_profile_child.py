@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.deploy._profile_machine import load_average, peak_memory, pin
-from lightning_prune.deploy.bundle_runner import exact_session, timed_run
+from lightning_prune.deploy.bundle_runner import OPENINGS, exact_session, timed_run
 from lightning_prune.deploy.energy import measure
 
 Feeds = dict[str, Any]
@@ -32,7 +32,7 @@ WARMUP_SECONDS, WARMUP_RUNS, WARMUP_LIMIT, WARMUP_TOLERANCE = 0.5, 10, 10.0, 0.0
 LEAST_SECONDS, MOST_ROUNDS = 2.0, 10
 # Where a file comes to lie in memory makes it up to a fifth slower or faster for as long as it is open, and
 # those opened first tend to be slow. Opening all anew takes at most this share of the time.
-OPENINGS, OPENING_SHARE, RUNS_AFTER_OPENING = 5, 0.25, 5
+OPENING_SHARE, RUNS_AFTER_OPENING = 0.25, 5
 
 
 def emit(**event: object) -> None:

@@ -69,7 +69,7 @@ def trust_warnings(config: Profile, protocol: dict[str, Any], failed: dict[str, 
     if protocol["openings"] == 1 and config.rounds > 1:
         found.append(
             "The files were opened only once, for lack of time: where each came to lie in memory can change "
-            "its time by a tenth. Raise Profile(max_seconds=...)."
+            "its time by up to a fifth. Raise Profile(max_seconds=...)."
         )
     if protocol["rounds"] < min(RUNS_FOR_P90, config.rounds):
         found.append(
