@@ -41,7 +41,11 @@ def weak_spots(found: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"{task}: not measured: {lacking}."
         single = [one for one in pruned if len(one.seeds) == 1]
         if single:
-            yield f"{task}: one seed only in {len(single)} of {len(pruned)} rows."
+            apart = [statistics.stdev(one.changes("float")) for one in pruned if len(one.seeds) > 1]
+            text = f"{task}: one seed only in {len(single)} of {len(pruned)} rows."
+            if apart:
+                text += f" In the others, seeds are up to {max(apart):.2f} points apart (standard deviation)."
+            yield text
         cut_short = {one.epochs for one in everything if re.search(r"\d+epochs$", one.title)}
         if cut_short:
             epochs = " or ".join(map(str, sorted(cut_short)))

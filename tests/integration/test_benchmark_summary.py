@@ -145,7 +145,9 @@ def test_weak_spots_name_goals_missed_better_peers_few_seeds_and_noise(page: str
     assert "torch-pruning, macs 0.4, 9 epochs is better by 40.00 points than structural, macs 0.4, 7" in weak
     assert "small, macs 0.4, 7 epochs has 3.33x fewer MACs, not 2.50x, as structural, macs 0.4, 7" in weak
     assert weak.count("fewer MACs, not") == 1
-    assert "keywords: one seed only in 8 of 9 rows." in weak
+    apart = " In the others, seeds are up to 0.14 points apart (standard deviation)."
+    assert f"- keywords: one seed only in 8 of 9 rows.{apart}\n" in weak
+    assert "- resnet8: one seed only in 3 of 3 rows.\n" in weak
     assert "ModelPruning, zeros 0.8, 6 epochs is as good as magnitude, zeros 0.8, 7 epochs." in weak
     assert "ModelPruning, zeros 0.9, 7 epochs is" not in weak
     assert "resnet8: trained for 5 or 7 epochs, not for" in weak
